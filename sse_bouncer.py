@@ -1,0 +1,919 @@
+"""Server-sent events for Flask, in one file, with no dependencies.
+
+    from flask import Flask, request
+    from sse_bouncer import EventBouncer
+
+    app = Flask(__name__)
+    bouncer = EventBouncer()
+
+    @app.get("/subscribe")
+    def subscribe():
+        return bouncer.stream()
+
+    @app.post("/publish")
+    def publish():
+        bouncer.broadcast(request.get_data())
+        return {}
+
+The file is a house with three rooms. Each uses only the rooms above it, so a reader can stop at
+any banner and has a whole:
+
+    1. WIRE FORMAT  text in, frame out: ``format_sse``, ``Frame``
+    2. FAN-OUT      every frame to every subscriber: ``EventBouncer``, ``Subscription``
+    3. RESPONSE     a stream as a Flask response: ``sse_response``
+
+Everything public may be called from any thread or greenlet, in or out of a request, from a signal
+handler or a finaliser. Times are in seconds, except ``retry``, which bears the name of a field on
+the wire and so has its unit, milliseconds. "The standard" is the WHATWG's HTML, section 9.2:
+https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+__all__ = [
+    "EventBouncer",
+    "Frame",
+    "Subscription",
+    "format_sse",
+    "sse_response",
+]
+
+import errno
+import functools
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flask import Flask, Response
+
+logger = logging.getLogger("sse_bouncer")
+_said: set[str] = set()
+
+
+def _warn_once(about: str, message: str) -> None:
+    """Log a warning, but each of its kind only once in the life of the process."""
+    if about not in _said:
+        _said.add(about)
+        logger.warning(message)
+
+
+def _whole_number(name: str, value: object, least: int) -> int:
+    """Return ``value`` if it is an int of at least ``least``; a bool is not a number here."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number >= {least}, got {value!r:.80}")
+    if value < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r:.80}")
+    return value
+
+
+# =================================================================================================
+# 1. WIRE FORMAT
+#
+# Text in, frame out. What leaves this room is valid by construction: a Frame can be encoded and
+# ends in a blank line, so no later room has to check, and nothing can fail in the middle of
+# somebody's stream. No lock, no clock, no socket in here; of Flask only its JSON settings, where
+# the app has brought them along.
+# =================================================================================================
+
+# "Lines must be separated by either a U+000D CARRIAGE RETURN U+000A LINE FEED (CRLF) character
+# pair, a single U+000A LINE FEED (LF) character, or a single U+000D CARRIAGE RETURN (CR)
+# character." (9.2.5) str.splitlines() splits at eight others too, and loses a trailing line end.
+_LINE_END = re.compile(r"\r\n|\n|\r")
+_FORMATTED = re.compile(r"(?:data|event|id|retry):")
+
+
+class Frame(str):
+    """Text that already is in the wire format, as ``markupsafe.Markup`` is text that is HTML.
+
+    `format_sse` returns one; it and `EventBouncer.broadcast` pass one through unchanged and
+    format everything else, so a frame is never formatted twice and a user's text is never taken
+    for protocol. Call ``Frame(text)`` only for protocol that you have written yourself.
+
+    :raises TypeError: if it is not given text.
+    :raises ValueError: if the text does not end in a blank line, which would run it into the next
+        frame, or holds a lone surrogate, which has no UTF-8.
+    """
+
+    __slots__ = ("_wire",)
+    _wire: bytes  # encoded once, here, however many subscribers it reaches
+
+    def __new__(cls, text: str) -> Frame:
+        if isinstance(text, Frame):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"frame: expected text, got {text!r:.80}; use format_sse(...) for data")
+        wire = _utf8("frame", text)
+        if not _LINE_END.sub("\n", text[-4:]).endswith("\n\n"):
+            raise ValueError(
+                f"frame: expected text that ends in a blank line, got {text!r:.80}; "
+                "use format_sse(...) for data, or end it in two newlines"
+            )
+        frame = super().__new__(cls, text)
+        frame._wire = wire
+        return frame
+
+
+def format_sse(
+    data: object = None,
+    event: str | None = None,
+    *,
+    id: str | int | None = None,
+    retry: int | None = None,
+    comment: str | None = None,
+) -> Frame:
+    r"""Format one event for the wire.
+
+    =================== ========================== ======================
+    given               sent                       what a client receives
+    =================== ========================== ======================
+    ``"hi"``            ``data: hi\n\n``           ``hi``
+    ``"hi", "greet"``   ``event: greet\ndata: hi`` ``hi``, as a ``greet``
+    ``"a\r\nb"``        ``data: a\ndata: b\n\n``   ``a\nb``
+    ``""``              ``data: \n\n``             an event with no text
+    ``{"n": 1}``        ``data: {"n": 1}\n\n``     JSON text
+    =================== ========================== ======================
+
+    Clients join lines with LF, whichever line ends were sent; to keep a CR, send JSON.
+
+    :param data: Text, or bytes in UTF-8, as it is; a `Frame`, unchanged; any other object as JSON,
+        by the app's own JSON provider where a Flask app context is active, without NaN and
+        Infinity. None, the default, sends no data: the client then dispatches no event.
+    :param event: The event's name. None or ``""``, the default, is what a client calls
+        ``message``. No CR, LF or NUL.
+    :param id: What the client sends back as ``Last-Event-ID`` when it reconnects. ``""`` makes it
+        forget the last one; None, the default, leaves that as it is. No CR, LF or NUL.
+    :param retry: Milliseconds that the client waits before it reconnects, from now on. 0 is at
+        once; None, the default, leaves that as it is.
+    :param comment: Text that clients ignore, for a person who reads the stream.
+    :raises TypeError: if an argument is of the wrong type, or is not something JSON can hold.
+    :raises ValueError: if a text breaks its field's rule or has no UTF-8, or nothing is given.
+    """
+    return _format(data, event, id, retry, comment, _json_dumps())
+
+
+def _format(
+    data: object,
+    event: str | None,
+    id: str | int | None,
+    retry: int | None,
+    comment: str | None,
+    dumps: Callable[..., str],
+) -> Frame:
+    if isinstance(data, Frame):
+        if any(field is not None for field in (event, id, retry, comment)):
+            raise ValueError(
+                f"data: expected no Frame beside event, id, retry or comment, got {data!r:.80}; "
+                "give them to the format_sse(...) that makes the frame"
+            )
+        return data
+    lines = []
+    if comment is not None:
+        lines += [": " + line for line in _LINE_END.split(_text("comment", comment))]
+    # str methods, and no f-strings: they take the text of a StrEnum and the like, not its name.
+    if event is not None and _one_line("event", event):
+        lines.append("event: " + event)
+    if id is not None:
+        number = isinstance(id, int) and not isinstance(id, bool)
+        lines.append("id: " + (str(int(id)) if number else _one_line("id", id)))
+    if retry is not None:
+        # "If the field value consists of only ASCII digits" (9.2.6): no sign, point or exponent.
+        lines.append("retry: " + str(int(_whole_number("retry", retry, 0))))
+    if data is not None:
+        # Always one space: "If value starts with a U+0020 SPACE character, remove it from value."
+        # (9.2.6) So data that itself begins with a space keeps it.
+        lines += ["data: " + line for line in _LINE_END.split(_data_text(data, dumps))]
+    if not lines:
+        raise ValueError(
+            f"data: expected something to send, got {data!r} and no other field; "
+            'use "" for an event without text'
+        )
+    return Frame("\n".join(lines) + "\n\n")
+
+
+def _utf8(name: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name}: expected text that UTF-8 can hold, got a lone surrogate in {text!r:.80}; "
+            "replace it, for example by text.encode(errors='replace')"
+        ) from None
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected text, got {value!r:.80}; use str(...)")
+    _utf8(name, value)
+    return value
+
+
+def _one_line(name: str, value: object) -> str:
+    """Return text for a field that ends at the line's end: no text may begin a field of its own."""
+    text = _text(name, value)
+    # A NUL in an id makes a client ignore the field (9.2.6); in an event's name it is never meant.
+    if "\n" in text or "\r" in text or "\0" in text:
+        raise ValueError(f"{name}: expected text without CR, LF or NUL, got {text!r:.80}")
+    return text
+
+
+def _data_text(data: object, dumps: Callable[..., str]) -> str:
+    if isinstance(data, str):
+        if data.endswith(("\n\n", "\r\n\r\n")) and _FORMATTED.match(data):
+            _warn_once(
+                "formatted",
+                f"sent as data, though it looks formatted by hand: {str(data)!r:.80}; "
+                "use format_sse(...), or Frame(text) for protocol that you write yourself",
+            )
+        return _text("data", data)
+    if isinstance(data, bytes | bytearray | memoryview):
+        try:
+            return str(data, "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"data: expected bytes in UTF-8, got {data!r:.80} ({error.reason}); "
+                "decode it with its own encoding, or send base64"
+            ) from None
+    try:
+        return dumps(data, allow_nan=False)  # JSON.parse() refuses NaN and Infinity
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"data: expected text, bytes or what JSON can hold, got {data!r:.80} ({error}); "
+            "convert it first"
+        ) from error
+
+
+def _json_dumps() -> Callable[..., str]:
+    """Return the JSON encoder of the active Flask app, or the standard library's."""
+    flask = sys.modules.get("flask")  # not imported by anyone: then no app can be active
+    if flask is not None and flask.has_app_context():
+        dumps: Callable[..., str] = flask.current_app.json.dumps
+        return dumps
+    return json.dumps
+
+
+# =================================================================================================
+# 2. FAN-OUT
+#
+# Every frame to every subscriber, in one order, through a bounded queue for each. Nobody waits for
+# a slow reader: who falls behind is dropped, keeps what it holds, and is told by its stream's end.
+# No HTTP and no socket in here.
+# =================================================================================================
+
+# How long a broadcast waits for readers whose queues are full, once for all of them. A thread or
+# greenlet that reads a queue runs only when the publisher lets it: without this pause a route that
+# broadcasts in a loop would drop readers that have done nothing wrong.
+_MOMENT = 0.05
+# How long one reader may hold broadcasts up in all before it has caught up again. Without this
+# bound a client that always reads one frame per moment would slow every publisher down for ever.
+_PATIENCE = 1.0
+
+
+class Subscription:
+    """A bounded queue of frames, with the reading half of ``queue.Queue``.
+
+    Made by `EventBouncer.subscribe`. Iterating yields frames until the subscription ends; as a
+    context manager it is unsubscribed when the block is left. One that nobody refers to any more
+    is unsubscribed too, so a generator that is closed in the middle leaves nothing behind.
+
+    It ends when it is dropped (its reader fell more than ``maxsize`` frames behind), by
+    `EventBouncer.close` and by `EventBouncer.unsubscribe`. A blocked reader then wakes at once,
+    what is held is still delivered, and after that `get` raises `Subscription.Ended` and iterating
+    stops.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_bouncer",
+        "_ended",
+        "_frames",
+        "_ready",
+        "_waited",
+        "channels",
+        "maxsize",
+    )
+
+    class Ended(BrokenPipeError):
+        """Raised by `get` when the subscription has ended and what it held has been read.
+
+        To a server an EPIPE means that the client has left, so a hand-written view that lets
+        this one through ends its stream without a traceback.
+        """
+
+        def __init__(self, why: str) -> None:
+            super().__init__(errno.EPIPE, f"this subscription has ended: {why}")
+
+    def __init__(self, bouncer: EventBouncer, channels: tuple[str, ...]) -> None:
+        self.maxsize = bouncer.maxsize
+        self.channels = channels
+        self._bouncer = bouncer
+        # All below is guarded by the bouncer's lock.
+        self._frames: deque[Frame] = deque()
+        self._ended: str | None = None  # why
+        self._ready: threading.Condition | None = None  # made for the first reader that waits
+        self._waited = 0.0  # seconds that broadcasts have waited since the queue was last empty
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Frame:
+        """Remove and return the next frame.
+
+        :param block: Whether to wait for one. False is as ``timeout=0``.
+        :param timeout: How long to wait, in seconds. None, the default, is until there is a frame
+            or the subscription ends; 0 is not at all.
+        :raises queue.Empty: if there is none in time.
+        :raises Subscription.Ended: if there is none and none will come.
+        :raises ValueError: if ``timeout`` is negative.
+        """
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout: expected seconds >= 0 or None, got {timeout!r}")
+        with self._bouncer._lock:
+            if block and not self._frames and self._ended is None:
+                self._wait(timeout)
+            if self._frames:
+                return self._take()
+            if self._ended is not None:
+                raise self.Ended(self._ended)
+            raise queue.Empty
+
+    def get_nowait(self) -> Frame:
+        """Remove and return the next frame without waiting; see `get`."""
+        return self.get(block=False)
+
+    def qsize(self) -> int:
+        """Return how many frames are held; by the time you look it may be another number."""
+        return len(self._frames)
+
+    def empty(self) -> bool:
+        """Return whether no frame is held; by the time you look one may be."""
+        return not self._frames
+
+    def full(self) -> bool:
+        """Return whether the next broadcast would find no room, unless a frame is read first."""
+        return len(self._frames) >= self.maxsize
+
+    def __iter__(self) -> Iterator[Frame]:
+        return self
+
+    def __next__(self) -> Frame:
+        try:
+            return self.get()
+        except self.Ended:
+            raise StopIteration from None
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bouncer.unsubscribe(self)
+
+    def __repr__(self) -> str:
+        state = self._ended or f"{self.qsize()}/{self.maxsize} frames held"
+        return f"<Subscription {', '.join(map(repr, self.channels)) or 'to all'}: {state}>"
+
+    # These are only called with the bouncer's lock held.
+
+    def _wait(self, timeout: float | None) -> None:
+        if self._ready is None:
+            self._ready = threading.Condition(self._bouncer._lock)
+        if timeout is not None:
+            timeout = min(timeout, threading.TIMEOUT_MAX)
+        self._ready.wait_for(lambda: self._frames or self._ended is not None, timeout)
+
+    def _take(self) -> Frame:
+        frame = self._frames.popleft()
+        if not self._frames:
+            self._waited = 0.0
+            self._bouncer._caught_up(self)
+        return frame
+
+    def _offer(self, frame: Frame) -> bool:
+        """Queue a frame, and return whether there was room; one that has ended wants none."""
+        if self._ended is None:
+            if self.full():
+                return False
+            self._frames.append(frame)
+            self._wake()
+        return True
+
+    def _end(self, why: str) -> None:
+        if self._ended is None:
+            self._ended = why
+            self._wake()
+            self._bouncer._caught_up(self)
+
+    def _wake(self) -> None:
+        if self._ready is not None:
+            self._ready.notify_all()
+
+
+class EventBouncer:
+    """Lets subscribers in, and sends what is broadcast to all of them.
+
+    Make one per app, at import; nothing starts until it is used.
+
+    :param maxsize: How many frames a subscriber may fall behind before it is dropped, at least 1.
+        The default, 16, is a burst; a page that has fallen further behind is better served by
+        reconnecting.
+    :param heartbeat: Seconds of silence after which a stream sends a comment, so that proxies keep
+        it open and a client that left is noticed. Above 0; None sends none. The default, 15, is
+        what the standard advises (9.2.7).
+    :param retry: What each stream tells its client at the start: milliseconds to wait before it
+        reconnects, or a pair of them, of which each client gets a random value between, so that
+        not all come back in one instant after a restart. 0 is at once. None, the default, leaves
+        it to the browser, which waits a few seconds.
+    :param max_subscribers: How many there may be at a time, at least 1. None, the default, is as
+        many as the process can hold.
+    :raises TypeError: if an argument is of the wrong type.
+    :raises ValueError: if one is out of range. Nothing here is unbounded, so 0 is no maxsize.
+    """
+
+    class Refused(RuntimeError):
+        """Raised by `subscribe`: there are ``max_subscribers`` already, or all was closed."""
+
+    def __init__(
+        self,
+        maxsize: int = 16,
+        *,
+        heartbeat: float | None = 15.0,
+        retry: int | tuple[int, int] | None = None,
+        max_subscribers: int | None = None,
+    ) -> None:
+        self.maxsize = _whole_number("maxsize", maxsize, 1)
+        self.heartbeat = None if heartbeat is None else _seconds("heartbeat", heartbeat)
+        self.retry = None if retry is None else _retry_range(retry)
+        self.max_subscribers = max_subscribers
+        if max_subscribers is not None:
+            _whole_number("max_subscribers", max_subscribers, 1)
+        # Keys are weak: a subscription belongs to who reads it. Insertion order is kept.
+        self._subscribers: dict[weakref.ref[Subscription], tuple[str, ...]] = {}
+        self._channels: dict[str, dict[weakref.ref[Subscription], None]] = {}
+        # A finaliser runs at any moment, in any thread, maybe one that holds locks of its own; it
+        # therefore takes none here, and only leaves a note. _sweep() reads them.
+        self._gone: deque[weakref.ref[Subscription]] = deque()
+        self._late: set[Subscription] = set()  # those that a broadcast is waiting for
+        self._closed = False
+        self._counts = {"broadcasts": 0, "dropped": 0, "refused": 0}
+        self._make_locks()
+        _bouncers.add(self)
+        _watch_forks()
+
+    def _make_locks(self) -> None:
+        # _lock guards everything mutable in the bouncer and its subscriptions. It is held for a
+        # few dict and deque operations, never while something blocks, formats, logs or runs code
+        # of the user's. It is reentrant because a signal handler may close() while the very
+        # thread that it interrupted is in here: whatever loops under it loops over a copy, and
+        # whatever decides looks again after it has acted. There is no second lock, so no order of
+        # locks to keep.
+        self._lock = threading.RLock()
+        # A frame reaches all subscribers before the next reaches any, so all see one order. That
+        # needs no more than _lock, but for a broadcast that waits for room, without the lock: for
+        # so long _pausing is its thread, and other broadcasts wait. Both wait for _changed.
+        self._pausing: int | None = None
+        self._changed = threading.Condition(self._lock)
+
+    def subscribe(self, *channels: str, last_event_id: str | None = None) -> Subscription:
+        """Subscribe to what is broadcast without a channel, and to these channels.
+
+        It holds from now on: what is broadcast before a response starts is not missed.
+
+        :param channels: Names, none of them empty. Who may read which is for the route to decide.
+        :param last_event_id: The id that the client saw last. Without a history it has no effect.
+        :raises EventBouncer.Refused: if there are ``max_subscribers`` already, or after `close`.
+        :raises TypeError: if a name or the id is not text.
+        """
+        subscription = Subscription(self, tuple(dict.fromkeys(map(_channel_name, channels))))
+        if last_event_id is not None:
+            _text("last_event_id", last_event_id)
+        with self._lock:
+            self._sweep()
+            self._admit()
+            reference = weakref.ref(subscription, self._gone.append)
+            self._subscribers[reference] = subscription.channels
+            for channel in subscription.channels:
+                self._channels.setdefault(channel, {})[reference] = None
+            # A signal handler may have closed all between _admit() and here.
+            if self._closed:
+                self._remove(subscription, "closed")
+        _release_if_view_fails(subscription)
+        return subscription
+
+    def broadcast(
+        self,
+        msg: object,
+        event: str | None = None,
+        *,
+        channel: str | None = None,
+        id: str | int | None = None,
+        retry: int | None = None,
+    ) -> None:
+        """Send an event to every subscriber, or to those of one channel.
+
+        It returns when all have it in their queues. A subscriber whose queue is full is waited
+        for, for a moment (at most 0.05 seconds, once for all), and then dropped.
+
+        :param msg: A `Frame`, or data as `format_sse` takes it.
+        :param event: The event's name; see `format_sse`.
+        :param channel: Whom to send it to. None, the default, is everyone.
+        :param id: See `format_sse`.
+        :param retry: See `format_sse`; milliseconds.
+        :raises TypeError: as `format_sse` does; nothing is sent.
+        :raises ValueError: as `format_sse` does; nothing is sent.
+        """
+        frame = format_sse(msg, event, id=id, retry=retry)
+        if channel is not None:
+            _channel_name(channel)
+        with self._lock:
+            self._deliver(frame, channel)
+
+    def stream(self, *channels: str, last_event_id: str | None = None) -> Response:
+        """Return a Flask response that streams to one new subscriber. The one-liner for a route.
+
+        A client that cannot be let in (see `EventBouncer.Refused`) is answered 200, a ``retry``
+        and the end, so that it comes back: any other status makes an EventSource give up for good
+        (9.2.3). HEAD is answered with the headers, and subscribes nobody.
+
+        :param channels: See `subscribe`.
+        :param last_event_id: The id that the client saw last. None, the default, takes it from the
+            request's ``Last-Event-ID`` header.
+        """
+        return _stream(self, channels, last_event_id)  # the door to room 3
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """End one subscription; what it holds is still delivered. Twice is as good as once.
+
+        :raises TypeError: if it is not a `Subscription`.
+        :raises ValueError: if it is another bouncer's.
+        """
+        if not isinstance(subscription, Subscription):
+            raise TypeError(f"subscription: expected a Subscription, got {subscription!r:.80}")
+        if subscription._bouncer is not self:
+            raise ValueError(
+                f"subscription: expected one of this bouncer's, got another's, {subscription!r}"
+            )
+        with self._lock:
+            self._remove(subscription, "unsubscribed")
+
+    def close(self, *channels: str) -> None:
+        """End the streams of these channels, or of all, and then let nobody in any more.
+
+        A user has logged out: ``bouncer.close(f"user-{user.id}")`` ends the streams that have that
+        channel among theirs, and new ones may come. Without arguments every stream ends, later
+        subscribers are refused, and a later `broadcast` reaches nobody. What subscribers hold is
+        still delivered.
+        """
+        for channel in channels:
+            _channel_name(channel)
+        with self._lock:
+            # The flag first: a subscriber that a signal handler's close() has not found in the
+            # loop below finds the flag when it looks again, at the end of subscribe().
+            self._closed = self._closed or not channels
+            for audience in channels or (None,):
+                for subscription in self._audience(audience):
+                    self._remove(subscription, "closed")
+
+    @property
+    def subscribers(self) -> tuple[Subscription, ...]:
+        """Those subscribed at this moment, in the order in which they came."""
+        with self._lock:
+            self._sweep()
+            return tuple(self._audience(None))
+
+    def stats(self) -> dict[str, int]:
+        """Count what there is and what there was: whole numbers, for this process.
+
+        ``subscribers`` now; ``detached``, those of them whose stream holds no worker;
+        ``broadcasts``, ``dropped`` and ``refused`` since the bouncer was made.
+        """
+        with self._lock:
+            self._sweep()
+            return {"subscribers": len(self._subscribers), "detached": 0, **self._counts}
+
+    # These are only called with the lock held.
+
+    def _sweep(self) -> None:
+        """Forget the subscriptions of which nobody is left to read them."""
+        while self._gone:
+            self._forget(self._gone.popleft())
+
+    def _forget(self, reference: weakref.ref[Subscription]) -> None:
+        for channel in self._subscribers.pop(reference, ()):
+            audience = self._channels.get(channel, {})
+            audience.pop(reference, None)
+            if not audience:
+                self._channels.pop(channel, None)
+
+    def _admit(self) -> None:
+        count, most = len(self._subscribers), self.max_subscribers
+        if self._closed:
+            why = "closed; it takes no more subscribers"
+        elif most is not None and count >= most:
+            why = f"full: expected fewer than max_subscribers={most!r}, got {count!r}; try later"
+        else:
+            return
+        self._counts["refused"] += 1
+        raise self.Refused(f"this bouncer is {why}")
+
+    def _audience(self, channel: str | None) -> list[Subscription]:
+        references = self._subscribers if channel is None else self._channels.get(channel, {})
+        # list() first: a collection that the comprehension sets off may end in _sweep().
+        return [s for reference in list(references) if (s := reference()) is not None]
+
+    def _remove(self, subscription: Subscription, why: str) -> None:
+        self._forget(weakref.ref(subscription))  # equal to the key as long as both are alive
+        subscription._end(why)
+
+    def _deliver(self, frame: Frame, channel: str | None) -> None:
+        # A signal handler that broadcasts while its own thread is pausing must not wait for it.
+        self._changed.wait_for(lambda: self._pausing in (None, threading.get_ident()))
+        self._counts["broadcasts"] += 1
+        late = [s for s in self._audience(channel) if not s._offer(frame)]
+        try:
+            if late:
+                self._wait_for_room(late)
+        finally:  # also when a KeyboardInterrupt ends the waiting: nobody misses a frame unnoticed
+            for subscription in late:
+                if not subscription._offer(frame):
+                    self._counts["dropped"] += 1
+                    self._remove(
+                        subscription, f"dropped, its reader was {self.maxsize} frames behind"
+                    )
+
+    def _wait_for_room(self, late: list[Subscription]) -> None:
+        """Give the readers of full queues a moment to empty them.
+
+        Empty, not just below full: a publisher in a loop then waits once in ``maxsize`` frames.
+        """
+        self._late = {s for s in late if s._waited < _PATIENCE}
+        self._pausing = threading.get_ident()
+        began = time.monotonic()
+        try:
+            self._changed.wait_for(lambda: not self._late, _MOMENT)
+        finally:
+            for subscription in self._late:
+                subscription._waited += time.monotonic() - began
+            self._late = set()
+            self._pausing = None
+            self._changed.notify_all()
+
+    def _caught_up(self, subscription: Subscription) -> None:
+        if self._late:
+            self._late.discard(subscription)
+            if not self._late:
+                self._changed.notify_all()
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number of seconds > 0, or None, got {value!r:.80}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a number of seconds > 0, or None, got {value!r:.80}")
+    return float(value)
+
+
+def _retry_range(retry: object) -> tuple[int, int]:
+    pair = retry if isinstance(retry, tuple | list) else (retry, retry)
+    if len(pair) != 2:
+        raise ValueError(f"retry: expected milliseconds or a pair of them, got {retry!r:.80}")
+    low, high = (_whole_number("retry", milliseconds, 0) for milliseconds in pair)
+    if low > high:
+        raise ValueError(f"retry: expected a pair that goes from low to high, got {retry!r:.80}")
+    return low, high
+
+
+def _channel_name(channel: object) -> str:
+    if not isinstance(channel, str):
+        raise TypeError(f"channel: expected a name, got {channel!r:.80}; use str(...)")
+    if not channel:
+        raise ValueError(f"channel: expected a name that is not empty, got {channel!r}")
+    return channel
+
+
+_bouncers: weakref.WeakSet[EventBouncer] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """See to it that a child process begins with no subscribers and with locks that are free.
+
+    The threads that read and the clients that listen are the parent's, and a lock that another
+    thread held at the moment of the fork would stay locked for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _after_fork_in_child() -> None:
+    for bouncer in _bouncers:
+        subscriptions = bouncer._audience(None)
+        bouncer._subscribers.clear()
+        bouncer._channels.clear()
+        bouncer._late.clear()
+        bouncer._make_locks()
+        for subscription in subscriptions:
+            subscription._ready = None
+            subscription._end("it belongs to the process that this one was forked from")
+
+
+# =================================================================================================
+# 3. RESPONSE
+#
+# A stream as a Flask response. The only room that knows HTTP and Flask. However a response ends
+# (client gone, HEAD, never iterated, an exception in between), its source is released: by close()
+# where the server calls it, and else when the body object goes.
+# =================================================================================================
+
+# no-cache and no-store for caches, no-transform for proxies that would compress, and so buffer;
+# nginx buffers unless it is told not to. There is no Connection header: it is the server's own,
+# and waitress answers 500 to an app that sets it.
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-store, no-transform",
+    "X-Accel-Buffering": "no",
+}
+_SERVERS_OWN = frozenset(
+    "connection content-length keep-alive proxy-authenticate proxy-authorization te trailer"
+    " transfer-encoding upgrade".split()
+)
+# A comment without a blank line after it. The line that ends a block makes several clients
+# deliver an empty event once they have seen an id.
+_HEARTBEAT = b":\n"
+
+
+def sse_response(
+    source: Iterable[object] | Subscription,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Return a Flask response that streams a generator, any iterable, or a `Subscription`.
+
+    Items go through `format_sse` unless they are frames. One that cannot be formatted is logged
+    and left out, and the stream goes on. Nothing is added to what a generator yields; a
+    subscription's stream opens with a comment or its ``retry``, and has heartbeats.
+
+    When the response ends, however it does, ``source.close()`` is called where there is one: in a
+    generator that has started, ``finally`` runs.
+
+    When a stream ends, a browser reconnects. To end it for good, send a last event at which the
+    page calls ``close()`` on its EventSource, or answer the reconnect with status 204.
+
+    :param source: What to stream.
+    :param status: The HTTP status. Browsers read a stream only from the default, 200.
+    :param headers: More headers, or other values for those set here. None, the default, adds none.
+    :raises TypeError: if ``source`` cannot be iterated, or is a text, bytes or a mapping.
+    :raises ValueError: if ``headers`` holds one that is the server's own to set, or a Content-Type
+        other than ``text/event-stream``.
+    """
+    if isinstance(source, Subscription):
+        return _respond(_SubscriptionBody(source), status, headers)
+    if isinstance(source, str | bytes | bytearray | Mapping) or not isinstance(source, Iterable):
+        raise TypeError(
+            f"source: expected a generator, an iterable of items or a Subscription, "
+            f"got {source!r:.80}; put a single item into a list"
+        )
+    return _respond(_ItemsBody(source), status, headers)
+
+
+def _stream(
+    bouncer: EventBouncer, channels: tuple[str, ...], last_event_id: str | None
+) -> Response:
+    from flask import request
+
+    if request.method == "HEAD":
+        return sse_response(())
+    if last_event_id is None:
+        last_event_id = request.headers.get("Last-Event-ID")
+    try:
+        return sse_response(bouncer.subscribe(*channels, last_event_id=last_event_id))
+    except EventBouncer.Refused as refused:
+        low, high = bouncer.retry or (5_000, 15_000)
+        return _respond([f"retry: {random.randint(low, high)}\n: {refused}\n".encode()], 200, None)
+
+
+def _respond(
+    body: Iterable[bytes], status: int, headers: Mapping[str, str] | None
+) -> Response:
+    from flask import Response, current_app, has_app_context
+
+    _whole_number("status", status, 200)
+    for name, value in (headers or {}).items():
+        if name.lower() in _SERVERS_OWN:
+            raise ValueError(
+                f"headers: expected none that the server sets itself, got {name!r}; leave it out"
+            )
+        if name.lower() == "content-type" and not value.startswith("text/event-stream"):
+            raise ValueError(
+                f"headers: expected Content-Type text/event-stream, the only one that clients of "
+                f"a stream accept, got {value!r:.80}; leave it out"
+            )
+    # The app's own class: Flask would turn any other response into one.
+    response_class: type[Response] = current_app.response_class if has_app_context() else Response
+    response = response_class(body, status=status, headers=_HEADERS)
+    for name, value in (headers or {}).items():
+        response.headers[name] = value
+    return response
+
+
+class _SubscriptionBody:
+    """What a server iterates to stream a subscription: the opening, frames, heartbeats."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+        self._opened = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        bouncer = self._subscription._bouncer
+        if not self._opened:
+            self._opened = True
+            return _opening(bouncer.retry)
+        try:
+            return self._subscription.get(timeout=bouncer.heartbeat)._wire
+        except queue.Empty:
+            return _HEARTBEAT
+        except Subscription.Ended:
+            raise StopIteration from None
+
+    def close(self) -> None:
+        self._subscription._bouncer.unsubscribe(self._subscription)
+
+
+def _opening(retry: tuple[int, int] | None) -> bytes:
+    """Return what opens a stream: something, so that headers leave and ``onopen`` fires at once.
+
+    "If the field name is 'retry'" sets the time as soon as its line is read (9.2.6), so it needs
+    no block of its own, of which several client libraries would make an empty event.
+    """
+    return b":\n" if retry is None else f"retry: {random.randint(*retry)}\n".encode()
+
+
+class _ItemsBody:
+    """What a server iterates to stream a generator or another iterable."""
+
+    def __init__(self, source: Iterable[object]) -> None:
+        self._source = source
+        self._items = iter(source)
+        self._dumps = _json_dumps()  # the app context is gone when the server iterates
+        self._opened = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if not self._opened:
+            self._opened = True
+            return b""  # no part of the body, but most servers send the headers at it
+        for item in self._items:
+            try:
+                return _format(item, None, None, None, None, self._dumps)._wire
+            except (TypeError, ValueError):
+                logger.exception("left out of a stream, which goes on: %.80r", item)
+        raise StopIteration
+
+    def close(self) -> None:
+        for closable in {id(c): c for c in (self._items, self._source)}.values():
+            close = getattr(closable, "close", None)
+            if close is not None:
+                close()
+
+
+# WSGI leaves room in its environ for names of one's own.
+_OF_REQUEST = "sse_bouncer.subscriptions"
+
+
+def _release_if_view_fails(subscription: Subscription) -> None:
+    """Tie a subscription to the request that made it, if there is one, in case that fails.
+
+    The exception's traceback keeps the view's variables for as long as a log handler or a
+    debugger keeps the traceback, and so would keep a subscription that nobody reads.
+    """
+    flask: Any = sys.modules.get("flask")
+    if flask is not None and flask.has_request_context():
+        # Connecting again has no effect.
+        flask.request_tearing_down.connect(_tear_down, flask.current_app._get_current_object())
+        made = flask.request.environ.setdefault(_OF_REQUEST, [])
+        made.append(weakref.ref(subscription))
+
+
+def _tear_down(app: Flask, exc: BaseException | None = None, **_: object) -> None:
+    from flask import request
+
+    made = request.environ.pop(_OF_REQUEST, ())
+    if exc is not None:
+        for reference in made:
+            if (subscription := reference()) is not None:
+                subscription._bouncer.unsubscribe(subscription)
