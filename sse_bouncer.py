@@ -15,12 +15,13 @@
         bouncer.broadcast(request.get_data())
         return {}
 
-The file is a house with three rooms. Each uses only the rooms above it, so a reader can stop at
+The file is a house with four rooms. Each uses only the rooms above it, so a reader can stop at
 any banner and has a whole:
 
     1. WIRE FORMAT  text in, frame out: ``format_sse``, ``Frame``
     2. FAN-OUT      every frame to every subscriber: ``EventBouncer``, ``Subscription``
-    3. RESPONSE     a stream as a Flask response: ``sse_response``
+    3. HUB          one thread for all streams, so that none holds a worker
+    4. RESPONSE     a stream as a Flask response: ``sse_response``
 
 Everything public may be called from any thread or greenlet, in or out of a request, from a signal
 handler or a finaliser. Times are in seconds, except ``retry``, which bears the name of a field on
@@ -41,6 +42,7 @@ __all__ = [
 
 import errno
 import functools
+import inspect
 import json
 import logging
 import math
@@ -48,12 +50,17 @@ import os
 import queue
 import random
 import re
+import selectors
+import socket
 import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from email.utils import formatdate
+from itertools import groupby, repeat
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,6 +100,9 @@ def _whole_number(name: str, value: object, least: int) -> int:
 # character." (9.2.5) str.splitlines() splits at eight others too, and loses a trailing line end.
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _FORMATTED = re.compile(r"(?:data|event|id|retry):")
+# A comment without a blank line after it: several clients that have seen an id once make an empty
+# event of each blank line.
+_HEARTBEAT = b":\n"
 
 
 class Frame(str):
@@ -301,9 +311,9 @@ class Subscription:
         "_ended",
         "_frames",
         "_ready",
+        "_stream",
         "_waited",
         "channels",
-        "maxsize",
     )
 
     class Ended(BrokenPipeError):
@@ -317,7 +327,6 @@ class Subscription:
             super().__init__(errno.EPIPE, f"this subscription has ended: {why}")
 
     def __init__(self, bouncer: EventBouncer, channels: tuple[str, ...]) -> None:
-        self.maxsize = bouncer.maxsize
         self.channels = channels
         self._bouncer = bouncer
         # All below is guarded by the bouncer's lock.
@@ -325,6 +334,12 @@ class Subscription:
         self._ended: str | None = None  # why
         self._ready: threading.Condition | None = None  # made for the first reader that waits
         self._waited = 0.0  # seconds that broadcasts have waited since the queue was last empty
+        self._stream: Any = None  # what the outlet calls it, once it is detached
+
+    @property
+    def maxsize(self) -> int:
+        """How many frames it holds at most."""
+        return self._bouncer.maxsize
 
     def get(self, block: bool = True, timeout: float | None = None) -> Frame:
         """Remove and return the next frame.
@@ -435,6 +450,9 @@ class EventBouncer:
         it to the browser, which waits a few seconds.
     :param max_subscribers: How many there may be at a time, at least 1. None, the default, is as
         many as the process can hold.
+    :param detach: Whether streams are taken over from the server, where it hands out its
+        connections, so that none holds a worker. True, the default, is right unless something
+        between the app and the server has to see every event.
     :raises TypeError: if an argument is of the wrong type.
     :raises ValueError: if one is out of range. Nothing here is unbounded, so 0 is no maxsize.
     """
@@ -449,6 +467,7 @@ class EventBouncer:
         heartbeat: float | None = 15.0,
         retry: int | tuple[int, int] | None = None,
         max_subscribers: int | None = None,
+        detach: bool = True,
     ) -> None:
         self.maxsize = _whole_number("maxsize", maxsize, 1)
         self.heartbeat = None if heartbeat is None else _seconds("heartbeat", heartbeat)
@@ -456,9 +475,16 @@ class EventBouncer:
         self.max_subscribers = max_subscribers
         if max_subscribers is not None:
             _whole_number("max_subscribers", max_subscribers, 1)
-        # Keys are weak: a subscription belongs to who reads it. Insertion order is kept.
-        self._subscribers: dict[weakref.ref[Subscription], tuple[str, ...]] = {}
+        if not isinstance(detach, bool):
+            raise TypeError(f"detach: expected True or False, got {detach!r:.80}")
+        self.detach = detach
+        # Those with a reader. Keys are weak: a subscription belongs to who reads it.
+        self._readers: dict[weakref.ref[Subscription], tuple[str, ...]] = {}
         self._channels: dict[str, dict[weakref.ref[Subscription], None]] = {}
+        # Those without, whose streams are in an outlet: an object that sends what it is told to,
+        # in the order in which it is told. The hub has one for each bouncer that needs one.
+        self._detached: dict[Subscription, None] = {}
+        self._outlet: Any = None
         # A finaliser runs at any moment, in any thread, maybe one that holds locks of its own; it
         # therefore takes none here, and only leaves a note. _sweep() reads them.
         self._gone: deque[weakref.ref[Subscription]] = deque()
@@ -500,7 +526,7 @@ class EventBouncer:
             self._sweep()
             self._admit()
             reference = weakref.ref(subscription, self._gone.append)
-            self._subscribers[reference] = subscription.channels
+            self._readers[reference] = subscription.channels
             for channel in subscription.channels:
                 self._channels.setdefault(channel, {})[reference] = None
             # A signal handler may have closed all between _admit() and here.
@@ -521,7 +547,9 @@ class EventBouncer:
         """Send an event to every subscriber, or to those of one channel.
 
         It returns when all have it in their queues. A subscriber whose queue is full is waited
-        for, for a moment (at most 0.05 seconds, once for all), and then dropped.
+        for, for a moment (at most 0.05 seconds, once for all), and then dropped. Detached streams
+        are not waited for; only if their hub is 64 KiB of frames behind, a broadcast waits until
+        it has taken them.
 
         :param msg: A `Frame`, or data as `format_sse` takes it.
         :param event: The event's name; see `format_sse`.
@@ -536,6 +564,8 @@ class EventBouncer:
             _channel_name(channel)
         with self._lock:
             self._deliver(frame, channel)
+        if self._outlet is not None:
+            self._outlet.hub.hold_back()
 
     def stream(self, *channels: str, last_event_id: str | None = None) -> Response:
         """Return a Flask response that streams to one new subscriber. The one-liner for a route.
@@ -548,7 +578,7 @@ class EventBouncer:
         :param last_event_id: The id that the client saw last. None, the default, takes it from the
             request's ``Last-Event-ID`` header.
         """
-        return _stream(self, channels, last_event_id)  # the door to room 3
+        return _stream(self, channels, last_event_id)  # the door to room 4
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """End one subscription; what it holds is still delivered. Twice is as good as once.
@@ -580,15 +610,15 @@ class EventBouncer:
             # loop below finds the flag when it looks again, at the end of subscribe().
             self._closed = self._closed or not channels
             for audience in channels or (None,):
-                for subscription in self._audience(audience):
+                for subscription in self._audience(audience) + self._detached_from(audience):
                     self._remove(subscription, "closed")
 
     @property
     def subscribers(self) -> tuple[Subscription, ...]:
-        """Those subscribed at this moment, in the order in which they came."""
+        """Those subscribed at this moment."""
         with self._lock:
             self._sweep()
-            return tuple(self._audience(None))
+            return (*self._detached, *self._audience(None))
 
     def stats(self) -> dict[str, int]:
         """Count what there is and what there was: whole numbers, for this process.
@@ -598,7 +628,48 @@ class EventBouncer:
         """
         with self._lock:
             self._sweep()
-            return {"subscribers": len(self._subscribers), "detached": 0, **self._counts}
+            detached = len(self._detached)
+            return {
+                "subscribers": len(self._readers) + detached,
+                "detached": detached,
+                **self._counts,
+            }
+
+    # What the rooms below call.
+
+    def _hand_over(
+        self,
+        subscription: Subscription,
+        make_outlet: Callable[[], Any],
+        make_stream: Callable[[Iterable[bytes]], Any],
+    ) -> None:
+        """Turn a subscription with a reader into one whose stream is in the outlet."""
+        with self._lock:
+            # Not in the middle of a broadcast: it has told the outlet already, and this reader,
+            # if it is late, not yet.
+            self._wait_for_turn()
+            if self._outlet is None:
+                self._outlet = make_outlet()
+            self._forget(weakref.ref(subscription))
+            subscription._stream = make_stream(frame._wire for frame in subscription._frames)
+            subscription._frames = _NO_FRAMES
+            self._outlet.attach(subscription._stream)
+            if subscription._ended is None:
+                self._detached[subscription] = None
+            else:  # closed since it subscribed: what it holds, and the end
+                self._outlet.end(subscription._stream)
+
+    def _left(self, subscription: Subscription) -> None:
+        with self._lock:
+            self._remove(subscription, "its client left")
+
+    def _drop(self, subscription: Subscription) -> None:
+        with self._lock:
+            if subscription._ended is None:
+                self._counts["dropped"] += 1
+                self._remove(
+                    subscription, f"dropped, its client was {self.maxsize} frames behind"
+                )
 
     # These are only called with the lock held.
 
@@ -608,14 +679,14 @@ class EventBouncer:
             self._forget(self._gone.popleft())
 
     def _forget(self, reference: weakref.ref[Subscription]) -> None:
-        for channel in self._subscribers.pop(reference, ()):
+        for channel in self._readers.pop(reference, ()):
             audience = self._channels.get(channel, {})
             audience.pop(reference, None)
             if not audience:
                 self._channels.pop(channel, None)
 
     def _admit(self) -> None:
-        count, most = len(self._subscribers), self.max_subscribers
+        count, most = len(self._readers) + len(self._detached), self.max_subscribers
         if self._closed:
             why = "closed; it takes no more subscribers"
         elif most is not None and count >= most:
@@ -626,18 +697,26 @@ class EventBouncer:
         raise self.Refused(f"this bouncer is {why}")
 
     def _audience(self, channel: str | None) -> list[Subscription]:
-        references = self._subscribers if channel is None else self._channels.get(channel, {})
+        references = self._readers if channel is None else self._channels.get(channel, {})
         # list() first: a collection that the comprehension sets off may end in _sweep().
         return [s for reference in list(references) if (s := reference()) is not None]
 
+    def _detached_from(self, channel: str | None) -> list[Subscription]:
+        return [s for s in list(self._detached) if channel is None or channel in s.channels]
+
     def _remove(self, subscription: Subscription, why: str) -> None:
-        self._forget(weakref.ref(subscription))  # equal to the key as long as both are alive
+        if subscription in self._detached:
+            del self._detached[subscription]
+            self._outlet.end(subscription._stream)
+        else:
+            self._forget(weakref.ref(subscription))  # equal to the key as long as both are alive
         subscription._end(why)
 
     def _deliver(self, frame: Frame, channel: str | None) -> None:
-        # A signal handler that broadcasts while its own thread is pausing must not wait for it.
-        self._changed.wait_for(lambda: self._pausing in (None, threading.get_ident()))
+        self._wait_for_turn()
         self._counts["broadcasts"] += 1
+        if self._detached:
+            self._outlet.send(channel, frame)
         late = [s for s in self._audience(channel) if not s._offer(frame)]
         try:
             if late:
@@ -645,10 +724,11 @@ class EventBouncer:
         finally:  # also when a KeyboardInterrupt ends the waiting: nobody misses a frame unnoticed
             for subscription in late:
                 if not subscription._offer(frame):
-                    self._counts["dropped"] += 1
-                    self._remove(
-                        subscription, f"dropped, its reader was {self.maxsize} frames behind"
-                    )
+                    self._drop(subscription)
+
+    def _wait_for_turn(self) -> None:
+        # A signal handler that broadcasts while its own thread is pausing must not wait for it.
+        self._changed.wait_for(lambda: self._pausing in (None, threading.get_ident()))
 
     def _wait_for_room(self, late: list[Subscription]) -> None:
         """Give the readers of full queues a moment to empty them.
@@ -700,25 +780,29 @@ def _channel_name(channel: object) -> str:
     return channel
 
 
+_NO_FRAMES: deque[Frame] = deque(maxlen=0)  # of all detached ones; nothing can be put into it
 _bouncers: weakref.WeakSet[EventBouncer] = weakref.WeakSet()
 
 
 @functools.cache
 def _watch_forks() -> None:
-    """See to it that a child process begins with no subscribers and with locks that are free.
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_begin_anew)
+
+
+def _begin_anew() -> None:
+    """In a child process: begin with no subscribers, and with locks that are free.
 
     The threads that read and the clients that listen are the parent's, and a lock that another
     thread held at the moment of the fork would stay locked for ever.
     """
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _after_fork_in_child() -> None:
+    _abandon_hub()  # the door to room 3
     for bouncer in _bouncers:
-        subscriptions = bouncer._audience(None)
-        bouncer._subscribers.clear()
+        subscriptions = [*bouncer._audience(None), *bouncer._detached]
+        bouncer._readers.clear()
         bouncer._channels.clear()
+        bouncer._detached.clear()
+        bouncer._outlet = None
         bouncer._late.clear()
         bouncer._make_locks()
         for subscription in subscriptions:
@@ -727,7 +811,495 @@ def _after_fork_in_child() -> None:
 
 
 # =================================================================================================
-# 3. RESPONSE
+# 3. HUB
+#
+# A stream holds no worker: one thread for the whole process owns the connections that the response
+# room has taken over from the server. It knows frames as bytes and clients as descriptors, nothing
+# of HTTP or Flask. Whatever one connection does costs one subscriber.
+#
+# Bouncers give it commands (attach, fan out, end), each under its own lock, and it obeys them in
+# that order: so every stream sees the one order in which things were broadcast. All else in here,
+# the streams, the selector, the descriptors, belongs to the hub's thread and needs no lock. It
+# alone closes a descriptor, and only after it has forgotten it: a number that the system uses
+# again cannot get another client's frames.
+# =================================================================================================
+
+# Bytes that an adopted connection may hold in the kernel. A client that stops reading costs this
+# much before its own queue begins to fill; left alone the kernel would let it grow to megabytes.
+_SEND_BUFFER = 64 * 1024
+# Bytes of frames that may wait for the hub before publishers do: enough to make one send per
+# stream worth its system call, little enough for that send to fit into _SEND_BUFFER.
+_BACKLOG = 64 * 1024
+# How many frames beyond its bound a stream may hold while its client gets a last chance to catch
+# up, for _PATIENCE: a burst is not a slow client, and here nobody waits for this one.
+_BURST = 1_000
+# Seconds that an ended stream has to make progress with what it holds, and then for its client to
+# close: a socket that is closed with unread input is reset, and what is under way gets lost.
+_LINGER = 5.0
+# Seconds after which the kernel gives up a peer that acknowledges nothing or takes nothing.
+_DEAD_PEER = 30
+# Bytes of input from one client that are read and ignored; one that says more is cut off.
+_HEARSAY = 64 * 1024
+# Streams that are sent to without giving other threads and greenlets a chance of their turn.
+_BATCH = 128
+# Seconds between looks at streams that have a deadline.
+_TICK = 0.25
+
+
+class _Stream:
+    """One client's connection."""
+
+    __slots__ = ("ending", "fd", "heard", "pending", "room", "subscription")
+
+    def __init__(self, subscription: Subscription, fd: int, pending: deque[bytes]) -> None:
+        self.subscription = subscription
+        self.fd = fd  # -1 once it is closed
+        # What the connection has not taken yet. None in nearly all streams nearly all the time.
+        self.pending: deque[bytes] | None = pending
+        # What it holds at first is what its client came to fetch; later ones count.
+        self.room = subscription.maxsize + len(pending)
+        self.heard = 0  # bytes
+        self.ending = False
+
+
+class _Detached:
+    """One bouncer's streams in the hub, and which of them gets which frame."""
+
+    def __init__(self, hub: _Hub, heartbeat: float | None) -> None:
+        self.hub = hub
+        self.heartbeat = math.inf if heartbeat is None else heartbeat
+        self.beat_at = math.inf  # when all that are silent get a heartbeat
+        self.streams: dict[_Stream, None] = {}
+        self.channels: dict[str, dict[_Stream, None]] = {}
+
+    # What the fan-out room calls, under the bouncer's lock.
+
+    def attach(self, stream: _Stream) -> None:
+        self.hub.command(self.hub.attach, stream)
+
+    def send(self, channel: str | None, frame: Frame) -> None:
+        self.hub.command(self.fan_out, (channel, frame._wire), len(frame._wire))
+
+    def end(self, stream: _Stream) -> None:
+        self.hub.command(self.hub.end, stream)
+
+    # What the hub's thread calls.
+
+    def fan_out(self, frames: list[tuple[str | None, bytes]]) -> None:
+        """Send each stream all of these that it is to have, in one go.
+
+        Streams of the same channels get the same bytes; those of none of the channels here get
+        what goes to all.
+        """
+        named = {channel for channel, _ in frames if channel is not None}
+        apart = {s: s.subscription.channels for name in named for s in self.channels.get(name, ())}
+        alike: dict[tuple[str, ...], list[_Stream]] = {}
+        for stream, channels in apart.items():
+            alike.setdefault(channels, []).append(stream)
+        for channels, streams in alike.items():
+            wanted = {None, *channels}
+            self.hub.deliver(streams, [wire for channel, wire in frames if channel in wanted])
+        if shared := [wire for channel, wire in frames if channel is None]:
+            self.hub.deliver([s for s in self.streams if s not in apart], shared)
+            self.beat_at = time.monotonic() + self.heartbeat
+
+    def beat(self) -> None:
+        # One that has not even taken its last frame is not silent, and gets no more to chew on.
+        self.hub.deliver([s for s in self.streams if s.pending is None], [_HEARTBEAT])
+        self.beat_at = time.monotonic() + self.heartbeat
+
+    def add(self, stream: _Stream) -> None:
+        if not self.streams:
+            self.beat_at = time.monotonic() + self.heartbeat
+        self.streams[stream] = None
+        for channel in stream.subscription.channels:
+            self.channels.setdefault(channel, {})[stream] = None
+
+    def discard(self, stream: _Stream) -> None:
+        if stream in self.streams:
+            del self.streams[stream]
+            for channel in stream.subscription.channels:
+                del self.channels[channel][stream]
+                if not self.channels[channel]:
+                    del self.channels[channel]
+
+
+class _Hub:
+    """The thread that serves all detached streams, and its mailbox."""
+
+    def __init__(self) -> None:
+        # Guards the four below, for a few operations each; reentrant, as a bouncer's lock is.
+        # Taken after a bouncer's lock, and never the other way round.
+        self._lock = threading.RLock()
+        self._taken = threading.Condition(self._lock)  # publishers that are held back wait here
+        self._commands: list[tuple[Callable[[list[Any]], None], Any]] = []
+        self._backlog = 0  # bytes of frames in them
+        self._woken = False  # a byte is in the pipe, or the hub is about to look anyway
+        self._thread: threading.Thread | None = None
+        # The hub's thread's own.
+        self._outlets: dict[_Detached, None] = {}
+        self._deadlines: dict[_Stream, float] = {}  # of streams over their bound, and ending ones
+        self._tick_at = 0.0
+        self._send = _sender()
+
+    # For any thread.
+
+    def start(self) -> None:
+        """Start the thread, if that has not been done.
+
+        :raises OSError: if there is no descriptor left for it.
+        :raises RuntimeError: if there is no thread left for it.
+        """
+        with self._lock:
+            if self._thread is not None:
+                return
+            self._selector = selectors.DefaultSelector()
+            self._ear, self._bell = os.pipe()
+            os.set_blocking(self._ear, False)
+            os.set_blocking(self._bell, False)
+            self._selector.register(self._ear, selectors.EVENT_READ, None)
+            self._thread = threading.Thread(target=self._run, name="sse_bouncer", daemon=True)
+        # Without the lock: under gevent this switches to other greenlets, which may want it.
+        self._thread.start()
+
+    def command(self, obey: Callable[[list[Any]], None], argument: Any, size: int = 0) -> None:
+        with self._lock:
+            self._commands.append((obey, argument))
+            self._backlog += size
+            if not self._woken:
+                self._woken = True
+                os.write(self._bell, b"\0")
+
+    def hold_back(self) -> None:
+        """Let a publisher wait while the hub is far behind; it holds no lock of ours here.
+
+        The bound in time is for what must not, but may happen: that the hub waits, in a log
+        handler or a finaliser, for a lock that this publisher holds.
+        """
+        if self._backlog > _BACKLOG and threading.current_thread() is not self._thread:
+            with self._lock:
+                self._taken.wait_for(lambda: self._backlog <= _BACKLOG, _PATIENCE)
+
+    # For the hub's thread only.
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._turn()
+            except Exception:
+                logger.exception("unexpected; the hub goes on")
+                time.sleep(_MOMENT)  # whatever it is, it shall not fill the log
+
+    def _turn(self) -> None:
+        for key, events in self._selector.select(self._idle_time()):
+            if key.data is None:
+                os.read(self._ear, _BATCH)  # before _take() clears _woken, or a byte is lost
+            else:
+                self._guard(key.data, self._serve, events)
+        for obey, run in groupby(self._take(), itemgetter(0)):
+            try:
+                obey([argument for _, argument in run])
+            except Exception:  # the other commands are other people's
+                logger.exception("unexpected; the hub goes on")
+        self._watch_the_clock()
+
+    def _idle_time(self) -> float | None:
+        at = min((outlet.beat_at for outlet in self._outlets), default=math.inf)
+        if self._deadlines:
+            at = min(at, self._tick_at)
+        return None if at == math.inf else max(0.0, at - time.monotonic())
+
+    def _take(self) -> list[tuple[Callable[[list[Any]], None], Any]]:
+        with self._lock:
+            # Both at once. A publisher that comes before them finds _woken set and rings no bell,
+            # but its command is taken here; one that comes after them rings.
+            self._woken = False
+            commands, self._commands = self._commands, []
+            self._backlog = 0
+            self._taken.notify_all()
+        return commands
+
+    def _watch_the_clock(self) -> None:
+        now = time.monotonic()
+        for outlet in list(self._outlets):
+            if now >= outlet.beat_at:
+                outlet.beat()
+        if self._deadlines and now >= self._tick_at:
+            self._tick_at = now + _TICK
+            for stream in [s for s, at in self._deadlines.items() if now >= at]:
+                self._guard(stream, self._close if stream.ending else self._drop)
+
+    def _guard(self, stream: _Stream, do: Callable[..., None], *args: Any) -> None:
+        """Do something with one stream; if it goes wrong, that stream is what it costs."""
+        try:
+            do(stream, *args)
+        except OSError:  # reset, timed out: its client is gone
+            self._close(stream)
+        except Exception:
+            logger.exception("unexpected; it costs one stream: %r", stream.subscription)
+            self._close(stream)
+
+    def attach(self, streams: list[_Stream]) -> None:
+        for stream in streams:
+            self._guard(stream, self._attach)
+
+    def _attach(self, stream: _Stream) -> None:
+        outlet = _outlet(stream)
+        self._outlets[outlet] = None
+        outlet.add(stream)
+        self._selector.register(stream.fd, selectors.EVENT_READ, stream)
+        self._flush(stream)
+
+    def deliver(self, streams: list[_Stream], frames: list[bytes]) -> None:
+        """Send the same frames to many streams: one system call for each, however many frames."""
+        data = b"".join(frames)
+        breath = time.monotonic()
+        for i in range(0, len(streams), _BATCH):
+            batch = streams[i : i + _BATCH]
+            waiting = [s for s in batch if s.pending is not None]
+            clear = [s for s in batch if s.pending is None] if waiting else batch
+            taken = self._send([s.fd for s in clear], data)
+            if taken.count(len(data)) < len(clear):
+                for stream, count in zip(clear, taken, strict=True):
+                    if count < len(data):
+                        self._guard(stream, self._hold, frames, count)
+            for stream in waiting:
+                self._guard(stream, self._hold, frames, 0)
+            # Threads are given turns by the interpreter, every 5 milliseconds; greenlets are not.
+            if time.monotonic() - breath > 0.005:
+                time.sleep(0)
+                breath = time.monotonic()
+
+    def _hold(self, stream: _Stream, frames: list[bytes], taken: int) -> None:
+        """Keep what the connection did not take, within the stream's bound."""
+        if stream.pending is None:
+            if taken < 0:
+                taken = _write(stream.fd, b"".join(frames))
+            stream.pending = deque(frames)
+            self._advance(stream, taken)
+        else:
+            stream.pending.extend(frames)
+        over = len(stream.pending or ()) - stream.room
+        if over > _BURST:
+            self._drop(stream)
+        elif over > 0:
+            self._deadlines.setdefault(stream, time.monotonic() + _PATIENCE)
+
+    def _serve(self, stream: _Stream, events: int) -> None:
+        if events & selectors.EVENT_READ:
+            # Nothing that it says matters but that it leaves, which reads as nothing. One that
+            # shuts down its sending half alone is taken to leave as well, as servers do.
+            heard = len(os.read(stream.fd, _HEARSAY))
+            stream.heard += heard
+            if not heard or stream.heard > _HEARSAY:
+                self._close(stream)
+        if events & selectors.EVENT_WRITE and stream.pending is not None:
+            self._flush(stream)
+
+    def _flush(self, stream: _Stream) -> None:
+        """Send of what is pending as much as the connection takes at once."""
+        chunk: list[bytes] = []
+        size = 0
+        for frame in stream.pending or ():
+            chunk.append(frame)
+            size += len(frame)
+            if size >= _SEND_BUFFER:
+                break
+        self._advance(stream, _write(stream.fd, b"".join(chunk)))
+
+    def _advance(self, stream: _Stream, taken: int) -> None:
+        """Take what was sent off the pending frames, and see what follows from what is left."""
+        pending = stream.pending or deque()
+        while pending and taken >= len(pending[0]):
+            taken -= len(pending.popleft())
+        if pending:
+            pending[0] = pending[0][taken:]
+            self._selector.modify(stream.fd, selectors.EVENT_READ | selectors.EVENT_WRITE, stream)
+            if stream.ending:
+                self._deadlines[stream] = time.monotonic() + _LINGER
+            elif len(pending) <= stream.room:
+                self._deadlines.pop(stream, None)
+            return
+        self._selector.modify(stream.fd, selectors.EVENT_READ, stream)
+        stream.pending = None
+        stream.room = stream.subscription.maxsize
+        if stream.ending:
+            self._say_goodbye(stream)
+        else:
+            self._deadlines.pop(stream, None)
+
+    def _drop(self, stream: _Stream) -> None:
+        stream.subscription._bouncer._drop(stream.subscription)
+
+    def end(self, streams: list[_Stream]) -> None:
+        for stream in streams:
+            if stream.fd >= 0 and not stream.ending:
+                self._guard(stream, self._end)
+
+    def _end(self, stream: _Stream) -> None:
+        stream.ending = True
+        self._leave(stream)
+        self._deadlines[stream] = time.monotonic() + _LINGER
+        if stream.pending is None:
+            self._say_goodbye(stream)
+
+    def _say_goodbye(self, stream: _Stream) -> None:
+        """Tell the client that this was all, and wait for it to close."""
+        connection = socket.socket(fileno=stream.fd)
+        try:
+            connection.shutdown(socket.SHUT_WR)
+        finally:
+            connection.detach()
+
+    def _close(self, stream: _Stream) -> None:
+        if stream.fd < 0:
+            return
+        fd, stream.fd = stream.fd, -1
+        stream.pending = None
+        self._leave(stream)
+        self._deadlines.pop(stream, None)
+        try:
+            self._selector.unregister(fd)
+        except KeyError:
+            pass  # it was not registered yet
+        _hang_up(fd)
+        stream.subscription._bouncer._left(stream.subscription)
+
+    def _leave(self, stream: _Stream) -> None:
+        outlet = _outlet(stream)
+        outlet.discard(stream)
+        if not outlet.streams:
+            self._outlets.pop(outlet, None)
+
+
+def _outlet(stream: _Stream) -> _Detached:
+    outlet: _Detached = stream.subscription._bouncer._outlet
+    return outlet
+
+
+def _sender() -> Callable[[list[int], bytes], list[int]]:
+    """Return a function that sends the same to many connections, without waiting for any.
+
+    It returns how much each took; -1 is nothing, and trying again by itself tells why.
+
+    ``socket.send`` and ``os.write`` let go of the GIL in each call, though a send that does not
+    block takes 3 microseconds, and have to win it back from a busy thread: with one CPU-bound
+    thread in the process a fan-out over 1,000 connections took 2,764 microseconds per delivery
+    that way, and 12 through a PyDLL, which keeps it.
+    """
+    try:
+        import ctypes
+
+        send = ctypes.PyDLL(None).send
+        send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+        send.restype = ctypes.c_ssize_t
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+    except (ImportError, AttributeError, OSError, TypeError):
+        return _send_by_hand
+    return lambda fds, data: list(map(send, fds, repeat(data), repeat(len(data)), repeat(flags)))
+
+
+def _send_by_hand(fds: list[int], data: bytes) -> list[int]:
+    taken = []
+    for fd in fds:
+        try:
+            taken.append(os.write(fd, data))
+        except OSError:
+            taken.append(-1)
+    return taken
+
+
+def _write(fd: int, data: bytes) -> int:
+    try:
+        return os.write(fd, data)
+    except BlockingIOError:
+        return 0
+
+
+def _hang_up(fd: int) -> None:
+    # Shut down first: if the process has just been forked, closing alone tells the client nothing.
+    with socket.socket(fileno=fd) as connection:
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the client was first
+
+
+_hubs: dict[None, _Hub] = {}  # none yet, or the one of this process
+
+
+def _hub() -> _Hub:
+    """Return this process's hub, running."""
+    # setdefault() and not a lock: one made at import could be of the wrong kind, if gevent comes
+    # later, and one that is held while a thread starts would stop all greenlets.
+    hub = _hubs.get(None) or _hubs.setdefault(None, _Hub())
+    hub.start()
+    return hub
+
+
+def _abandon_hub() -> None:
+    """In a child process: close the parent's connections, or their clients would see no end."""
+    hub = _hubs.pop(None, None)
+    if hub is not None and hub._thread is not None:
+        streams = {s for outlet in hub._outlets for s in outlet.streams} | set(hub._deadlines)
+        # The selector is not told: what it is told it would tell the parent's.
+        for fd in {hub._ear, hub._bell} | {s.fd for s in streams if s.fd >= 0}:
+            try:
+                os.close(fd)
+            except OSError:
+                pass
+
+
+def _detach(subscription: Subscription, connection: socket.socket, head: bytes) -> None:
+    """Take a connection over from the server, for the hub to stream the subscription to it.
+
+    The server keeps its socket object, but what that refers to from now on is a peer that has
+    hung up: it notices when it writes, and takes it for a client that left, which is nothing to
+    log. Whatever else it does to "its" connection (shutdown, linger, close, poll) touches that
+    dead end, and not the client.
+
+    :raises OSError: if no descriptor is left; the connection is as it was.
+    :raises RuntimeError: if no thread is left; the connection is as it was.
+    """
+    hub = _hub()
+    for level, option, value in _OPTIONS:
+        try:
+            connection.setsockopt(level, option, value)
+        except OSError:
+            pass  # a unix socket has no TCP options
+    fd = os.dup(connection.fileno())
+    try:
+        theirs, dead_end = socket.socketpair()
+        dead_end.close()
+        with theirs:
+            os.dup2(theirs.fileno(), connection.fileno(), inheritable=False)
+    except OSError:
+        os.close(fd)
+        raise
+    os.set_blocking(fd, False)
+    subscription._bouncer._hand_over(
+        subscription,
+        lambda: _Detached(hub, subscription._bouncer.heartbeat),
+        lambda held: _Stream(subscription, fd, deque([head, *held])),
+    )
+
+
+# Options are left out where the platform has none of the name.
+_OPTIONS = tuple(
+    (getattr(socket, level), getattr(socket, option), value)
+    for level, option, value in (
+        ("SOL_SOCKET", "SO_SNDBUF", _SEND_BUFFER),
+        ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+        ("IPPROTO_TCP", "TCP_KEEPIDLE", _DEAD_PEER),
+        ("IPPROTO_TCP", "TCP_USER_TIMEOUT", _DEAD_PEER * 1000),
+        ("IPPROTO_TCP", "TCP_NODELAY", 1),
+    )
+    if hasattr(socket, option)
+)
+
+
+# =================================================================================================
+# 4. RESPONSE
 #
 # A stream as a Flask response. The only room that knows HTTP and Flask. However a response ends
 # (client gone, HEAD, never iterated, an exception in between), its source is released: by close()
@@ -746,10 +1318,6 @@ _SERVERS_OWN = frozenset(
     "connection content-length keep-alive proxy-authenticate proxy-authorization te trailer"
     " transfer-encoding upgrade".split()
 )
-# A comment without a blank line after it. The line that ends a block makes several clients
-# deliver an empty event once they have seen an id.
-_HEARTBEAT = b":\n"
-
 
 def sse_response(
     source: Iterable[object] | Subscription,
@@ -819,11 +1387,37 @@ def _respond(
                 f"a stream accept, got {value!r:.80}; leave it out"
             )
     # The app's own class: Flask would turn any other response into one.
-    response_class: type[Response] = current_app.response_class if has_app_context() else Response
-    response = response_class(body, status=status, headers=_HEADERS)
+    own: Any = current_app.response_class if has_app_context() else Response
+    response: Response = _detaching(own)(body, status=status, headers=_HEADERS)
     for name, value in (headers or {}).items():
         response.headers[name] = value
     return response
+
+
+@functools.cache
+def _detaching(response_class: Any) -> Any:
+    """Return a subclass whose responses give their worker back where that can be done.
+
+    As late as can be: when the server calls the response, all after_request functions have run,
+    and cookies are set.
+    """
+
+    def call(
+        self: Response, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        started: list[Any] = []
+
+        def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+            write = start_response(status, headers, *exc_info)
+            started[:] = status, headers, write
+            return write
+
+        chunks: Iterable[bytes] = response_class.__call__(self, environ, start)
+        if isinstance(self.response, _SubscriptionBody) and started:
+            self.response.detach(environ, *started)
+        return chunks
+
+    return type(response_class.__name__, (response_class,), {"__call__": call})
 
 
 class _SubscriptionBody:
@@ -832,12 +1426,47 @@ class _SubscriptionBody:
     def __init__(self, subscription: Subscription) -> None:
         self._subscription = subscription
         self._opened = False
+        self._detached = False
+
+    def detach(
+        self, environ: dict[str, Any], status: str, headers: list[tuple[str, str]], write: Any
+    ) -> None:
+        """Give the stream to the hub; where that is not sound, leave it to the server."""
+        bouncer = self._subscription._bouncer
+        headers = _headers_at_server(write, headers)
+        names = {name.lower() for name, _ in headers}
+        connection = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
+        if (
+            not bouncer.detach
+            or connection is None  # waitress, the test client: the server keeps it to itself
+            or hasattr(connection, "getpeercert")  # TLS: the bytes have to go through its object
+            or environ.get("SERVER_PROTOCOL") not in ("HTTP/1.1", "HTTP/1.0")  # HTTP/2 shares it
+            or environ["REQUEST_METHOD"] != "GET"  # HEAD has no body; others may be mid-upload
+            or not status.startswith("200 ")  # 204 and its like have none either
+            or names & {"content-encoding", "content-length"}  # something changes what is sent
+            or sys.platform == "win32"  # a socket is no file descriptor there
+        ):
+            return
+        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers)]
+        lines += [f"Date: {formatdate(usegmt=True)}"] if "date" not in names else []
+        # No length and no chunks: the body ends with the connection.
+        head = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
+        try:
+            _detach(self._subscription, connection, head + _opening(bouncer.retry))
+        except (OSError, RuntimeError) as error:
+            _warn_once(
+                "detach", f"a stream holds a worker, for want of a descriptor or a thread: {error}"
+            )
+        else:
+            self._detached = True
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
         bouncer = self._subscription._bouncer
+        if self._detached:
+            raise StopIteration
         if not self._opened:
             self._opened = True
             return _opening(bouncer.retry)
@@ -849,7 +1478,20 @@ class _SubscriptionBody:
             raise StopIteration from None
 
     def close(self) -> None:
-        self._subscription._bouncer.unsubscribe(self._subscription)
+        if not self._detached:
+            self._subscription._bouncer.unsubscribe(self._subscription)
+
+
+def _headers_at_server(write: Any, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the headers with what WSGI middleware has added, as far as the server shows them.
+
+    What ``start_response`` returns is in gunicorn a method of the response that has them, and in
+    the development server a function in whose scope they are.
+    """
+    at_server = getattr(getattr(write, "__self__", None), "headers", None)
+    if at_server is None and inspect.isfunction(write):
+        at_server = inspect.getclosurevars(write).nonlocals.get("headers_set")
+    return at_server if isinstance(at_server, list) else headers
 
 
 def _opening(retry: tuple[int, int] | None) -> bytes:
