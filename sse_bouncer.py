@@ -15,13 +15,14 @@
         bouncer.broadcast(request.get_data())
         return {}
 
-The file is a house with four rooms. Each uses only the rooms above it, so a reader can stop at
+The file is a house with five rooms. Each uses only the rooms above it, so a reader can stop at
 any banner and has a whole:
 
     1. WIRE FORMAT  text in, frame out: ``format_sse``, ``Frame``
     2. FAN-OUT      every frame to every subscriber: ``EventBouncer``, ``Subscription``
-    3. HUB          one thread for all streams, so that none holds a worker
-    4. RESPONSE     a stream as a Flask response: ``sse_response``
+    3. RELAY        between processes and machines: ``RedisRelay``
+    4. HUB          one thread for all streams, so that none holds a worker
+    5. RESPONSE     a stream as a Flask response: ``sse_response``
 
 Everything public may be called from any thread or greenlet, in or out of a request, from a signal
 handler or a finaliser. Times are in seconds, except ``retry``, which bears the name of a field on
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EventBouncer",
     "Frame",
+    "RedisRelay",
     "Subscription",
     "format_sse",
     "sse_response",
@@ -57,11 +59,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from itertools import groupby, repeat
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from flask import Flask, Response
@@ -100,6 +102,7 @@ def _whole_number(name: str, value: object, least: int) -> int:
 # character." (9.2.5) str.splitlines() splits at eight others too, and loses a trailing line end.
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _FORMATTED = re.compile(r"(?:data|event|id|retry):")
+_ID_LINE = re.compile(r"(?:^|[\r\n])id(?:[:\r\n])")
 # A comment without a blank line after it: several clients that have seen an id once make an empty
 # event of each blank line.
 _HEARTBEAT = b":\n"
@@ -213,6 +216,19 @@ def _format(
     return Frame("\n".join(lines) + "\n\n")
 
 
+def _numbered(frame: Frame, id: str) -> Frame:
+    """Return the frame with an id.
+
+    :raises ValueError: if it has one already.
+    """
+    if _ID_LINE.search(frame):
+        raise ValueError(
+            f"id: expected none, as the bouncer gives each event its own, got {str(frame)!r:.80}; "
+            "leave it out, or make the bouncer without history and relay"
+        )
+    return Frame(f"id: {id}\n" + frame)
+
+
 def _utf8(name: str, text: str) -> bytes:
     try:
         return text.encode()
@@ -275,12 +291,15 @@ def _json_dumps() -> Callable[..., str]:
     return json.dumps
 
 
+_GAP = format_sse("", "gap")
+
+
 # =================================================================================================
 # 2. FAN-OUT
 #
 # Every frame to every subscriber, in one order, through a bounded queue for each. Nobody waits for
 # a slow reader: who falls behind is dropped, keeps what it holds, and is told by its stream's end.
-# No HTTP and no socket in here.
+# With a history it comes back and gets what it missed. No HTTP and no socket in here.
 # =================================================================================================
 
 # How long a broadcast waits for readers whose queues are full, once for all of them. A thread or
@@ -290,6 +309,58 @@ _MOMENT = 0.05
 # How long one reader may hold broadcasts up in all before it has caught up again. Without this
 # bound a client that always reads one frame per moment would slow every publisher down for ever.
 _PATIENCE = 1.0
+# How long a relay is asked to wait for events. Below the 5 seconds after which redis-py takes a
+# silent connection for a broken one.
+_RELAY_WAIT = 2.0
+# Milliseconds by which an id may seem to come from the future: clocks of machines differ.
+_SKEW = 60_000
+
+_Id = tuple[int, int]  # of an event: milliseconds, and a sequence number within them
+# "Header is any stranger's text": int() alone reads much more than this, "１" and "1_0" too.
+_ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})", re.ASCII)
+
+
+def _parse_id(text: str | None) -> _Id | None:
+    match = _ID.fullmatch(text or "")
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _id_text(id: _Id) -> str:
+    return f"{id[0]}-{id[1]}"
+
+
+class _Event(NamedTuple):
+    id: _Id | None  # None without a history
+    channel: str | None
+    frame: Frame
+
+
+_Entry = tuple[str, str | None, str]  # of a relay: id, channel or None, frame
+
+
+class Relay(Protocol):
+    """What carries events between processes. `RedisRelay` is one; any object with these serves.
+
+    An entry is a tuple of id, channel (None is to all) and frame, all text. Ids have the form
+    ``<milliseconds>-<sequence>``, and increase. Each method may raise whatever it likes: from
+    `publish` it goes to the caller of `EventBouncer.broadcast`; around the others there is a
+    thread, one per process, that logs it and tries again.
+    """
+
+    def publish(self, channel: str | None, frame: str) -> object:
+        """Add an entry, for every process, this one included. Called from any thread."""
+
+    def recent(self, count: int) -> tuple[str, Sequence[_Entry]]:
+        """Return an id, and all entries after it, oldest first, at most the newest ``count``.
+
+        ``"0-0"`` is the id before all entries, if none has ever been lost.
+        """
+
+    def read(self, after: str, timeout: float) -> tuple[bool, Sequence[_Entry]]:
+        """Wait for entries after an id, at most ``timeout`` seconds, and return some, oldest first.
+
+        The bool says whether nothing between the id and them has been lost.
+        """
 
 
 class Subscription:
@@ -311,9 +382,13 @@ class Subscription:
         "_ended",
         "_frames",
         "_ready",
+        "_replay",
+        "_seen",
+        "_since",
         "_stream",
         "_waited",
         "channels",
+        "gap",
     )
 
     class Ended(BrokenPipeError):
@@ -335,6 +410,12 @@ class Subscription:
         self._ready: threading.Condition | None = None  # made for the first reader that waits
         self._waited = 0.0  # seconds that broadcasts have waited since the queue was last empty
         self._stream: Any = None  # what the outlet calls it, once it is detached
+        self._replay = 0  # how many of the frames are what it came to fetch, and do not count
+        self._since: _Id | None = None  # where it begins, if its client does not know
+        self._seen: _Id | None = None  # an id that it has seen and this process not yet
+        #: Whether it missed events that are kept no more, between ``last_event_id`` and its first
+        #: frame. A page should then load its state again.
+        self.gap = False
 
     @property
     def maxsize(self) -> int:
@@ -376,7 +457,7 @@ class Subscription:
 
     def full(self) -> bool:
         """Return whether the next broadcast would find no room, unless a frame is read first."""
-        return len(self._frames) >= self.maxsize
+        return len(self._frames) - self._replay >= self.maxsize
 
     def __iter__(self) -> Iterator[Frame]:
         return self
@@ -408,17 +489,26 @@ class Subscription:
 
     def _take(self) -> Frame:
         frame = self._frames.popleft()
+        if self._replay:
+            self._replay -= 1
         if not self._frames:
             self._waited = 0.0
             self._bouncer._caught_up(self)
         return frame
 
-    def _offer(self, frame: Frame) -> bool:
-        """Queue a frame, and return whether there was room; one that has ended wants none."""
-        if self._ended is None:
+    def _wants(self, id: _Id | None) -> bool:
+        if self._seen is not None and id is not None:
+            if id <= self._seen:
+                return False
+            self._seen = None
+        return self._ended is None
+
+    def _offer(self, event: _Event) -> bool:
+        """Queue a frame, and return whether there was room; one that is not wanted needs none."""
+        if self._wants(event.id):
             if self.full():
                 return False
-            self._frames.append(frame)
+            self._frames.append(event.frame)
             self._wake()
         return True
 
@@ -441,6 +531,10 @@ class EventBouncer:
     :param maxsize: How many frames a subscriber may fall behind before it is dropped, at least 1.
         The default, 16, is a burst; a page that has fallen further behind is better served by
         reconnecting.
+    :param history: How many events to keep, for clients that come back: they get what they missed,
+        in order, and then the live stream, without a gap or a repeat between the two. The bouncer
+        then gives every event an id, which increases also across restarts. 0, the default, keeps
+        none.
     :param heartbeat: Seconds of silence after which a stream sends a comment, so that proxies keep
         it open and a client that left is noticed. Above 0; None sends none. The default, 15, is
         what the standard advises (9.2.7).
@@ -450,6 +544,8 @@ class EventBouncer:
         it to the browser, which waits a few seconds.
     :param max_subscribers: How many there may be at a time, at least 1. None, the default, is as
         many as the process can hold.
+    :param relay: What carries events between processes and machines, a `RedisRelay` or any object
+        with the same three methods (see `Relay`). None, the default, keeps to this process.
     :param detach: Whether streams are taken over from the server, where it hands out its
         connections, so that none holds a worker. True, the default, is right unless something
         between the app and the server has to see every event.
@@ -464,12 +560,15 @@ class EventBouncer:
         self,
         maxsize: int = 16,
         *,
+        history: int = 0,
         heartbeat: float | None = 15.0,
         retry: int | tuple[int, int] | None = None,
         max_subscribers: int | None = None,
+        relay: Relay | None = None,
         detach: bool = True,
     ) -> None:
         self.maxsize = _whole_number("maxsize", maxsize, 1)
+        self.history = _whole_number("history", history, 0)
         self.heartbeat = None if heartbeat is None else _seconds("heartbeat", heartbeat)
         self.retry = None if retry is None else _retry_range(retry)
         self.max_subscribers = max_subscribers
@@ -478,6 +577,13 @@ class EventBouncer:
         if not isinstance(detach, bool):
             raise TypeError(f"detach: expected True or False, got {detach!r:.80}")
         self.detach = detach
+        if missing := [m for m in ("publish", "recent", "read") if not hasattr(relay, m)]:
+            if relay is not None:
+                raise TypeError(
+                    f"relay: expected an object with publish, recent and read, got {relay!r:.80} "
+                    f"without {missing[0]}; RedisRelay(client) is one"
+                )
+        self.relay = relay
         # Those with a reader. Keys are weak: a subscription belongs to who reads it.
         self._readers: dict[weakref.ref[Subscription], tuple[str, ...]] = {}
         self._channels: dict[str, dict[weakref.ref[Subscription], None]] = {}
@@ -491,6 +597,14 @@ class EventBouncer:
         self._late: set[Subscription] = set()  # those that a broadcast is waiting for
         self._closed = False
         self._counts = {"broadcasts": 0, "dropped": 0, "refused": 0}
+        self._kept: deque[_Event] = deque(maxlen=self.history)
+        # Of all events after _floor none is missing in _kept; _newest is the last one's id. No id
+        # given here is below the time at which the process began.
+        self._floor = self._newest = (_milliseconds(), 0) if relay is None else (0, 0)
+        self._born = _milliseconds()
+        self._reader: threading.Thread | None = None  # of the relay
+        self._tried = False  # whether it has tried to fill the history
+        self._away_since: int | None = None  # milliseconds; set until that has succeeded
         self._make_locks()
         _bouncers.add(self)
         _watch_forks()
@@ -515,16 +629,20 @@ class EventBouncer:
         It holds from now on: what is broadcast before a response starts is not missed.
 
         :param channels: Names, none of them empty. Who may read which is for the route to decide.
-        :param last_event_id: The id that the client saw last. Without a history it has no effect.
+        :param last_event_id: The id that the client saw last; what it missed since comes first.
+            None, the default, and a text that is no event's id begin with the live stream. Without
+            a history it has no effect.
         :raises EventBouncer.Refused: if there are ``max_subscribers`` already, or after `close`.
         :raises TypeError: if a name or the id is not text.
         """
         subscription = Subscription(self, tuple(dict.fromkeys(map(_channel_name, channels))))
         if last_event_id is not None:
             _text("last_event_id", last_event_id)
+        self._start_reader()
         with self._lock:
             self._sweep()
             self._admit()
+            self._catch_up(subscription, _parse_id(last_event_id))
             reference = weakref.ref(subscription, self._gone.append)
             self._readers[reference] = subscription.channels
             for channel in subscription.channels:
@@ -551,10 +669,13 @@ class EventBouncer:
         are not waited for; only if their hub is 64 KiB of frames behind, a broadcast waits until
         it has taken them.
 
+        With a relay it returns when the relay has it, and if that fails raises what the relay
+        raises; nothing has been sent then, as far as the relay can tell.
+
         :param msg: A `Frame`, or data as `format_sse` takes it.
         :param event: The event's name; see `format_sse`.
         :param channel: Whom to send it to. None, the default, is everyone.
-        :param id: See `format_sse`.
+        :param id: See `format_sse`. With a history or a relay the bouncer gives the ids.
         :param retry: See `format_sse`; milliseconds.
         :raises TypeError: as `format_sse` does; nothing is sent.
         :raises ValueError: as `format_sse` does; nothing is sent.
@@ -562,10 +683,19 @@ class EventBouncer:
         frame = format_sse(msg, event, id=id, retry=retry)
         if channel is not None:
             _channel_name(channel)
+        if self.relay is not None:
+            _numbered(frame, "0-0")  # raises here, and not in every process, if it has an id
+            self.relay.publish(channel, str(frame))
+            return
         with self._lock:
-            self._deliver(frame, channel)
-        if self._outlet is not None:
-            self._outlet.hub.hold_back()
+            self._wait_for_turn()
+            sent = _Event(None, channel, frame)
+            if self._numbers:
+                number = self._next_id()
+                sent = _Event(number, channel, _numbered(frame, _id_text(number)))
+                self._keep(sent)
+            self._deliver(sent)
+        self._hold_back()
 
     def stream(self, *channels: str, last_event_id: str | None = None) -> Response:
         """Return a Flask response that streams to one new subscriber. The one-liner for a route.
@@ -578,7 +708,7 @@ class EventBouncer:
         :param last_event_id: The id that the client saw last. None, the default, takes it from the
             request's ``Last-Event-ID`` header.
         """
-        return _stream(self, channels, last_event_id)  # the door to room 4
+        return _stream(self, channels, last_event_id)  # the door to room 5
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """End one subscription; what it holds is still delivered. Twice is as good as once.
@@ -619,6 +749,16 @@ class EventBouncer:
         with self._lock:
             self._sweep()
             return (*self._detached, *self._audience(None))
+
+    @property
+    def last_event_id(self) -> str | None:
+        """The newest event's id, or where ids begin if there is none yet; None without a history.
+
+        A page renders its state, puts this into the URL of its EventSource, and the route passes
+        it on to `stream`: so nothing falls between the rendering and the connecting.
+        """
+        self._start_reader()
+        return _id_text(self._newest) if self._numbers else None
 
     def stats(self) -> dict[str, int]:
         """Count what there is and what there was: whole numbers, for this process.
@@ -662,6 +802,14 @@ class EventBouncer:
     def _left(self, subscription: Subscription) -> None:
         with self._lock:
             self._remove(subscription, "its client left")
+
+    @property
+    def _numbers(self) -> bool:
+        return self.history > 0 or self.relay is not None
+
+    def _hold_back(self) -> None:
+        if self._outlet is not None:
+            self._outlet.hub.hold_back()
 
     def _drop(self, subscription: Subscription) -> None:
         with self._lock:
@@ -712,18 +860,55 @@ class EventBouncer:
             self._forget(weakref.ref(subscription))  # equal to the key as long as both are alive
         subscription._end(why)
 
-    def _deliver(self, frame: Frame, channel: str | None) -> None:
-        self._wait_for_turn()
+    def _catch_up(self, subscription: Subscription, last: _Id | None) -> None:
+        """Give a new subscription what it missed, and see what it has to be told."""
+        if not self._numbers:
+            return
+        if last is None:
+            subscription._since = self._newest
+            return
+        if last > self._newest:
+            if self.relay is not None and (
+                self._born - _SKEW <= last[0] <= _milliseconds() + _SKEW
+            ):  # of a process that was faster; what comes here up to this, the client has had
+                subscription._seen = last
+                return
+            last = (0, 0)  # of nothing that is known here
+        if last < self._floor:
+            subscription.gap = True
+            subscription._since = self._floor
+        missed = []
+        for id, channel, frame in reversed(self._kept):
+            if id is not None and id <= last:
+                break
+            if channel is None or channel in subscription.channels:
+                missed.append(frame)
+        subscription._frames.extend(reversed(missed))
+        subscription._replay = len(missed)
+
+    def _next_id(self) -> _Id:
+        # Also when the clock is stepped back: then on from the newest.
+        return max((_milliseconds(), 0), (self._newest[0], self._newest[1] + 1))
+
+    def _keep(self, event: _Event) -> None:
+        assert event.id is not None
+        if len(self._kept) == self.history:
+            self._floor = (self._kept[0].id if self._kept else None) or event.id
+        self._kept.append(event)
+        self._newest = event.id
+
+    def _deliver(self, event: _Event) -> None:
+        """Fan out; the caller has waited for its turn."""
         self._counts["broadcasts"] += 1
         if self._detached:
-            self._outlet.send(channel, frame)
-        late = [s for s in self._audience(channel) if not s._offer(frame)]
+            self._outlet.send(event)
+        late = [s for s in self._audience(event.channel) if not s._offer(event)]
         try:
             if late:
                 self._wait_for_room(late)
         finally:  # also when a KeyboardInterrupt ends the waiting: nobody misses a frame unnoticed
             for subscription in late:
-                if not subscription._offer(frame):
+                if not subscription._offer(event):
                     self._drop(subscription)
 
     def _wait_for_turn(self) -> None:
@@ -752,6 +937,123 @@ class EventBouncer:
             self._late.discard(subscription)
             if not self._late:
                 self._changed.notify_all()
+
+
+    # The relay's reader. One thread per process, from the first subscriber on; a process that only
+    # publishes has none.
+
+    def _start_reader(self) -> None:
+        """See to it that the relay is read, and the history filled before anyone is answered."""
+        if self.relay is None or self._tried:
+            return
+        starting = False
+        with self._lock:
+            if self._reader is None:
+                starting = True
+                self._reader = threading.Thread(
+                    target=_read_relay,
+                    args=(weakref.ref(self), self.relay),
+                    name="sse_bouncer relay",
+                    daemon=True,
+                )
+        if starting:
+            self._reader.start()
+        with self._lock:
+            # Not for ever: while the relay is away, streams open, and wait for it with heartbeats.
+            self._changed.wait_for(lambda: self._tried, _PATIENCE)
+
+    def _fill(self, after: str, entries: Sequence[_Entry]) -> str:
+        """Begin the history with what the relay has, and return where to go on from."""
+        with self._lock:
+            # Those who came while the relay was away have waited for what was published since.
+            away = self._away_since
+            missed = [e for e in entries if away and (_parse_id(e[0]) or (0, 0))[0] >= away]
+            self._kept.clear()
+            self._floor = self._newest = _parse_id(after) or (0, 0)
+            for entry in entries[: len(entries) - len(missed)]:
+                if (event := _event(entry)) is not None:
+                    self._keep(event)
+            self._away_since = None
+        for entry in missed:
+            self._receive(entry)
+        self._relay_tried()
+        return entries[-1][0] if entries else after
+
+    def _relay_tried(self) -> None:
+        with self._lock:
+            self._tried = True
+            self._changed.notify_all()
+
+    def _receive(self, entry: _Entry) -> None:
+        if (event := _event(entry)) is not None:
+            with self._lock:
+                self._wait_for_turn()
+                self._keep(event)
+                self._deliver(event)
+            self._hold_back()
+
+    def _begin_after_gap(self, entries: Sequence[_Entry]) -> None:
+        """Tell everyone here that the relay has lost events that were still to come."""
+        logger.warning("events were lost in the relay before this process had read them")
+        first = _parse_id(entries[0][0]) if entries else None
+        with self._lock:
+            self._wait_for_turn()
+            self._kept.clear()
+            if first is None or first > self._newest:
+                self._floor = self._newest = (self._newest[0], self._newest[1] + 1)
+            else:  # the relay lost all, and its clock is behind what it was
+                self._floor = self._newest = (first[0] - 1, 0)
+            self._deliver(_Event(None, None, _numbered(_GAP, _id_text(self._floor))))
+
+
+def _read_relay(reference: weakref.ref[EventBouncer], relay: Relay) -> None:
+    """Read a relay until its bouncer is closed or gone: what the reader's thread does."""
+    position: str | None = None
+    pause = 0.0
+    while (bouncer := reference()) is not None and not bouncer._closed:
+        try:
+            if position is None:
+                position = bouncer._fill(*relay.recent(bouncer.history))
+            del bouncer  # or it would live on because of this thread alone
+            whole, entries = relay.read(position, _RELAY_WAIT)
+            if (bouncer := reference()) is None:
+                break
+            if not whole:
+                bouncer._begin_after_gap(entries)
+            for entry in entries:
+                bouncer._receive(entry)
+                position = entry[0]
+            if pause:
+                logger.warning("the relay is back")
+            pause = 0.0
+        except Exception as error:
+            if not pause:
+                logger.warning("the relay cannot be read; trying until it can: %r", error)
+            if position is None and (bouncer := reference()) is not None:
+                bouncer._away_since = bouncer._away_since or _milliseconds()
+                bouncer._relay_tried()
+            bouncer = None
+            pause = min(2 * pause or _MOMENT, _PATIENCE)
+            time.sleep(pause * random.uniform(0.5, 1))
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _event(entry: _Entry) -> _Event | None:
+    """Return the event of a relay's entry, or None, and a line in the log, if it is none."""
+    try:
+        text, channel, frame = entry
+        id = _parse_id(text)
+        if id is None:
+            raise ValueError(f"id: expected <milliseconds>-<sequence>, got {text!r:.80}")
+        if channel is not None:
+            _channel_name(channel)
+        return _Event(id, channel, _numbered(Frame(frame), text))
+    except (TypeError, ValueError) as error:
+        logger.warning("skipped an entry of the relay that is no event: %s", error)
+        return None
 
 
 def _seconds(name: str, value: object) -> float:
@@ -796,13 +1098,16 @@ def _begin_anew() -> None:
     The threads that read and the clients that listen are the parent's, and a lock that another
     thread held at the moment of the fork would stay locked for ever.
     """
-    _abandon_hub()  # the door to room 3
+    _abandon_hub()  # the door to room 4
     for bouncer in _bouncers:
         subscriptions = [*bouncer._audience(None), *bouncer._detached]
         bouncer._readers.clear()
         bouncer._channels.clear()
         bouncer._detached.clear()
         bouncer._outlet = None
+        bouncer._reader, bouncer._tried = None, False
+        if bouncer.relay is not None:
+            bouncer._kept.clear()
         bouncer._late.clear()
         bouncer._make_locks()
         for subscription in subscriptions:
@@ -811,7 +1116,151 @@ def _begin_anew() -> None:
 
 
 # =================================================================================================
-# 3. HUB
+# 3. RELAY
+#
+# Between processes and machines, by way of a Redis stream. One entry per event; its id is the
+# event's id, so all processes agree on ids and order, and a client may come back to any of them.
+# No HTTP in here, and no redis: its client is the user's own.
+# =================================================================================================
+
+# Entries that are read at once.
+_AT_ONCE = 1_000
+
+
+class RedisRelay:
+    """A `Relay` over a Redis stream: Redis 6.2 or later, Valkey, or a cluster of them.
+
+        bouncer = EventBouncer(
+            history=1000, relay=RedisRelay(redis.Redis.from_url("redis://localhost"))
+        )
+
+    `publish` is one XADD. Reading takes one connection per process, however many subscribers.
+
+    When Redis goes away, streams stay open with their heartbeats and `EventBouncer.broadcast`
+    raises the client's own error; how soon is for the client's timeouts and retries to say. When
+    it is back, all that it kept is delivered once, in order. Where it has lost something (its
+    stream was trimmed or deleted in the meantime), every stream gets an event named ``gap``.
+
+    :param client: A ``redis.Redis`` or ``redis.RedisCluster``, or one with the same methods. With
+        or without ``decode_responses``.
+    :param key: The stream's key; all processes of an app have the same. The default is ``sse``.
+    :param maxlen: About how many events Redis keeps, at least 1. The default is 10,000.
+    :raises TypeError: if an argument is of the wrong type.
+    :raises ValueError: if one is out of range.
+    """
+
+    def __init__(self, client: Any, key: str = "sse", maxlen: int = 10_000) -> None:
+        if not hasattr(client, "xadd"):
+            raise TypeError(
+                f"client: expected a Redis client, got {client!r:.80}; "
+                "use redis.Redis.from_url(...)"
+            )
+        if not _text("key", key):
+            raise ValueError(f"key: expected a name that is not empty, got {key!r}")
+        self.key = key
+        self.maxlen = _whole_number("maxlen", maxlen, 1)
+        self._client = client
+        self._unsure = False  # whether something may have happened to the stream since read()
+        self._once: dict[str, None] = {}  # the tokens of entries that were read last
+
+    def publish(self, channel: str | None, frame: str) -> None:
+        """Add an entry. See `Relay`."""
+        # A client that got no answer tries again, though Redis may have the entry already. The
+        # readers know the second one by its token.
+        fields = {"frame": str(frame), "once": os.urandom(9).hex()}
+        if channel is not None:
+            fields["channel"] = str(channel)
+        self._client.xadd(self.key, fields, maxlen=self.maxlen, approximate=True)
+
+    def recent(self, count: int) -> tuple[str, list[_Entry]]:
+        """Return the newest entries, and the id after which they are all. See `Relay`."""
+        found = self._newest(count + 1)[::-1]
+        if len(found) > count:
+            return _decoded(found[0][0]), self._entries(found[1:])
+        if not found:
+            return "0-0", []
+        info = self._client.xinfo_stream(self.key)
+        if info.get("entries-added") == info["length"]:  # none was ever trimmed
+            return "0-0", self._entries(found)
+        milliseconds, sequence = map(int, _decoded(found[0][0]).split("-"))
+        before = (milliseconds, sequence - 1) if sequence else (milliseconds - 1, 2**64 - 1)
+        return _id_text(before), self._entries(found)
+
+    def read(self, after: str, timeout: float) -> tuple[bool, list[_Entry]]:
+        """Wait for entries. See `Relay`."""
+        # Set until all below has worked: after an error, anything may have happened to the stream.
+        unsure, self._unsure = self._unsure, True
+        found = self._after(after)
+        if not found and not unsure:
+            block = int(1000 * min(timeout, self._longest_wait()))
+            try:
+                self._client.xread({self.key: after}, count=1, block=block)
+            except UnicodeDecodeError:
+                pass  # there is something, and that is all there was to know
+            found = self._after(after)
+        # Trimming begins at the oldest: as long as the entry that was read last is there, so are
+        # all after it. It is looked for when there is reason to.
+        whole = True
+        if after != "0-0" and (unsure or len(found) >= min(_AT_ONCE, self.maxlen)):
+            whole = bool(self._found("XRANGE", after, after, 1))
+            if not whole and not found:
+                found = self._begun_anew(after)
+        self._unsure = False
+        return whole, self._entries(found)
+
+    def _begun_anew(self, after: str) -> list[Any]:
+        """Return the entries of a stream that is another one, with ids that begin lower."""
+        newest = self._newest(1)
+        if newest and (_parse_id(_decoded(newest[0][0])) or (0, 0)) < (_parse_id(after) or (0, 0)):
+            return self._after("0-0")
+        return []
+
+    def _after(self, id: str) -> list[Any]:
+        return self._found("XRANGE", f"({id}", "+", _AT_ONCE)
+
+    def _newest(self, count: int) -> list[Any]:
+        return self._found("XREVRANGE", "+", "-", count)
+
+    def _found(self, command: str, start: str, end: str, count: int) -> list[Any]:
+        # A client that decodes would stop for good at one entry, of anyone's, that is not UTF-8.
+        arguments = command, self.key, start, end, "COUNT", count
+        found: list[Any] = self._client.execute_command(*arguments, NEVER_DECODE=True)
+        return found
+
+    def _longest_wait(self) -> float:
+        """Return seconds that the client waits for an answer before it takes Redis for gone."""
+        pool = getattr(self._client, "connection_pool", None)
+        options = getattr(pool, "connection_kwargs", {})
+        return (options.get("socket_timeout") or math.inf) / 2
+
+    def _entries(self, found: Iterable[tuple[Any, dict[Any, Any]]]) -> list[_Entry]:
+        entries: list[_Entry] = []
+        for id, raw in found:
+            fields = {_decoded(name): value for name, value in raw.items()}
+            once = _decoded(fields.get("once", id))
+            if once in self._once:
+                continue
+            self._once[once] = None
+            if len(self._once) > _AT_ONCE:
+                del self._once[next(iter(self._once))]
+            channel = fields.get("channel")
+            entries.append(
+                (
+                    _decoded(id),
+                    None if channel is None else _decoded(channel),
+                    _decoded(fields.get("frame", "")),
+                )
+            )
+        return entries
+
+
+def _decoded(value: Any) -> str:
+    """Return text, whether the client decodes or not; bytes that are no UTF-8 no frame takes."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+# =================================================================================================
+# 4. HUB
 #
 # A stream holds no worker: one thread for the whole process owns the connections that the response
 # room has taken over from the server. It knows frames as bytes and clients as descriptors, nothing
@@ -871,35 +1320,48 @@ class _Detached:
         self.beat_at = math.inf  # when all that are silent get a heartbeat
         self.streams: dict[_Stream, None] = {}
         self.channels: dict[str, dict[_Stream, None]] = {}
+        self.ahead: dict[_Stream, None] = {}  # those that have seen more than this process
 
     # What the fan-out room calls, under the bouncer's lock.
 
     def attach(self, stream: _Stream) -> None:
         self.hub.command(self.hub.attach, stream)
 
-    def send(self, channel: str | None, frame: Frame) -> None:
-        self.hub.command(self.fan_out, (channel, frame._wire), len(frame._wire))
+    def send(self, event: _Event) -> None:
+        self.hub.command(self.fan_out, event, len(event.frame._wire))
 
     def end(self, stream: _Stream) -> None:
         self.hub.command(self.hub.end, stream)
 
     # What the hub's thread calls.
 
-    def fan_out(self, frames: list[tuple[str | None, bytes]]) -> None:
+    def fan_out(self, events: list[_Event]) -> None:
         """Send each stream all of these that it is to have, in one go.
 
         Streams of the same channels get the same bytes; those of none of the channels here get
         what goes to all.
         """
-        named = {channel for channel, _ in frames if channel is not None}
-        apart = {s: s.subscription.channels for name in named for s in self.channels.get(name, ())}
-        alike: dict[tuple[str, ...], list[_Stream]] = {}
-        for stream, channels in apart.items():
-            alike.setdefault(channels, []).append(stream)
-        for channels, streams in alike.items():
-            wanted = {None, *channels}
-            self.hub.deliver(streams, [wire for channel, wire in frames if channel in wanted])
-        if shared := [wire for channel, wire in frames if channel is None]:
+        apart = dict(self.ahead)
+        for name in {event.channel for event in events if event.channel is not None}:
+            apart.update(self.channels.get(name, {}))
+        alike: dict[tuple[tuple[str, ...], _Id | None], list[_Stream]] = {}
+        for stream in apart:
+            key = stream.subscription.channels, stream.subscription._seen
+            alike.setdefault(key, []).append(stream)
+        for (channels, seen), streams in alike.items():
+            self.hub.deliver(
+                streams,
+                [
+                    frame._wire
+                    for id, channel, frame in events
+                    if (channel is None or channel in channels)
+                    and (seen is None or id is None or id > seen)
+                ],
+            )
+        for stream in list(self.ahead):
+            if stream.subscription._wants(events[-1].id):  # no longer ahead
+                self.ahead.pop(stream, None)
+        if shared := [frame._wire for _, channel, frame in events if channel is None]:
             self.hub.deliver([s for s in self.streams if s not in apart], shared)
             self.beat_at = time.monotonic() + self.heartbeat
 
@@ -912,12 +1374,15 @@ class _Detached:
         if not self.streams:
             self.beat_at = time.monotonic() + self.heartbeat
         self.streams[stream] = None
+        if stream.subscription._seen is not None:
+            self.ahead[stream] = None
         for channel in stream.subscription.channels:
             self.channels.setdefault(channel, {})[stream] = None
 
     def discard(self, stream: _Stream) -> None:
         if stream in self.streams:
             del self.streams[stream]
+            self.ahead.pop(stream, None)
             for channel in stream.subscription.channels:
                 del self.channels[channel][stream]
                 if not self.channels[channel]:
@@ -1053,6 +1518,8 @@ class _Hub:
     def deliver(self, streams: list[_Stream], frames: list[bytes]) -> None:
         """Send the same frames to many streams: one system call for each, however many frames."""
         data = b"".join(frames)
+        if not data:
+            return
         breath = time.monotonic()
         for i in range(0, len(streams), _BATCH):
             batch = streams[i : i + _BATCH]
@@ -1299,7 +1766,7 @@ _OPTIONS = tuple(
 
 
 # =================================================================================================
-# 4. RESPONSE
+# 5. RESPONSE
 #
 # A stream as a Flask response. The only room that knows HTTP and Flask. However a response ends
 # (client gone, HEAD, never iterated, an exception in between), its source is released: by close()
@@ -1359,6 +1826,13 @@ def _stream(
 ) -> Response:
     from flask import request
 
+    if request.environ.get("wsgi.multiprocess") and bouncer.relay is None:
+        _warn_once(
+            "multiprocess",
+            "the server runs several processes, and each broadcasts to its own subscribers only; "
+            "run one (a stream needs no worker), or connect them: "
+            "EventBouncer(relay=RedisRelay(redis.Redis.from_url(...)))",
+        )
     if request.method == "HEAD":
         return sse_response(())
     if last_event_id is None:
@@ -1425,6 +1899,7 @@ class _SubscriptionBody:
 
     def __init__(self, subscription: Subscription) -> None:
         self._subscription = subscription
+        self._opening = _opening(subscription)
         self._opened = False
         self._detached = False
 
@@ -1452,7 +1927,7 @@ class _SubscriptionBody:
         # No length and no chunks: the body ends with the connection.
         head = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
         try:
-            _detach(self._subscription, connection, head + _opening(bouncer.retry))
+            _detach(self._subscription, connection, head + self._opening)
         except (OSError, RuntimeError) as error:
             _warn_once(
                 "detach", f"a stream holds a worker, for want of a descriptor or a thread: {error}"
@@ -1469,7 +1944,7 @@ class _SubscriptionBody:
             raise StopIteration
         if not self._opened:
             self._opened = True
-            return _opening(bouncer.retry)
+            return self._opening
         try:
             return self._subscription.get(timeout=bouncer.heartbeat)._wire
         except queue.Empty:
@@ -1494,13 +1969,27 @@ def _headers_at_server(write: Any, headers: list[tuple[str, str]]) -> list[tuple
     return at_server if isinstance(at_server, list) else headers
 
 
-def _opening(retry: tuple[int, int] | None) -> bytes:
+def _opening(subscription: Subscription) -> bytes:
     """Return what opens a stream: something, so that headers leave and ``onopen`` fires at once.
 
     "If the field name is 'retry'" sets the time as soon as its line is read (9.2.6), so it needs
     no block of its own, of which several client libraries would make an empty event.
+
+    With a history, a client that has no id gets the one from which it must not miss anything: an
+    id in a block without data is taken note of, and no event (9.2.6). httpx-sse makes an event of
+    it all the same; as it never reconnects by itself, it loses nothing by not getting it.
     """
-    return b":\n" if retry is None else f"retry: {random.randint(*retry)}\n".encode()
+    from flask import has_request_context, request
+
+    retry = subscription._bouncer.retry
+    opening = _HEARTBEAT if retry is None else f"retry: {random.randint(*retry)}\n".encode()
+    if subscription._since is None:
+        return opening
+    since = _id_text(subscription._since)
+    if subscription.gap:
+        return opening + _numbered(_GAP, since)._wire
+    agent = request.headers.get("User-Agent", "") if has_request_context() else ""
+    return opening if agent.startswith("python-httpx/") else opening + f"id: {since}\n\n".encode()
 
 
 class _ItemsBody:
