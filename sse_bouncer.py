@@ -554,7 +554,11 @@ class EventBouncer:
     """
 
     class Refused(RuntimeError):
-        """Raised by `subscribe`: there are ``max_subscribers`` already, or all was closed."""
+        """Raised by `subscribe` when nobody can be let in.
+
+        There are ``max_subscribers`` already, or all was closed, or someone comes back while the
+        relay, from which this process has yet to learn what there was, is away.
+        """
 
     def __init__(
         self,
@@ -577,12 +581,11 @@ class EventBouncer:
         if not isinstance(detach, bool):
             raise TypeError(f"detach: expected True or False, got {detach!r:.80}")
         self.detach = detach
-        if missing := [m for m in ("publish", "recent", "read") if not hasattr(relay, m)]:
-            if relay is not None:
-                raise TypeError(
-                    f"relay: expected an object with publish, recent and read, got {relay!r:.80} "
-                    f"without {missing[0]}; RedisRelay(client) is one"
-                )
+        if relay is not None and not all(hasattr(relay, m) for m in ("publish", "recent", "read")):
+            raise TypeError(
+                f"relay: expected an object with publish, recent and read, got {relay!r:.80}; "
+                "RedisRelay(client) is one"
+            )
         self.relay = relay
         # Those with a reader. Keys are weak: a subscription belongs to who reads it.
         self._readers: dict[weakref.ref[Subscription], tuple[str, ...]] = {}
@@ -632,7 +635,7 @@ class EventBouncer:
         :param last_event_id: The id that the client saw last; what it missed since comes first.
             None, the default, and a text that is no event's id begin with the live stream. Without
             a history it has no effect.
-        :raises EventBouncer.Refused: if there are ``max_subscribers`` already, or after `close`.
+        :raises EventBouncer.Refused: if nobody can be let in.
         :raises TypeError: if a name or the id is not text.
         """
         subscription = Subscription(self, tuple(dict.fromkeys(map(_channel_name, channels))))
@@ -641,8 +644,9 @@ class EventBouncer:
         self._start_reader()
         with self._lock:
             self._sweep()
-            self._admit()
-            self._catch_up(subscription, _parse_id(last_event_id))
+            last = _parse_id(last_event_id)
+            self._admit(resuming=last is not None)
+            self._catch_up(subscription, last)
             reference = weakref.ref(subscription, self._gone.append)
             self._readers[reference] = subscription.channels
             for channel in subscription.channels:
@@ -809,7 +813,7 @@ class EventBouncer:
 
     def _hold_back(self) -> None:
         if self._outlet is not None:
-            self._outlet.hub.hold_back()
+            self._outlet.hold_back()
 
     def _drop(self, subscription: Subscription) -> None:
         with self._lock:
@@ -833,12 +837,14 @@ class EventBouncer:
             if not audience:
                 self._channels.pop(channel, None)
 
-    def _admit(self) -> None:
+    def _admit(self, resuming: bool) -> None:
         count, most = len(self._readers) + len(self._detached), self.max_subscribers
         if self._closed:
             why = "closed; it takes no more subscribers"
         elif most is not None and count >= most:
             why = f"full: expected fewer than max_subscribers={most!r}, got {count!r}; try later"
+        elif resuming and self._away_since is not None:
+            why = "waiting for its relay, and cannot tell yet what was missed; try later"
         else:
             return
         self._counts["refused"] += 1
@@ -865,7 +871,7 @@ class EventBouncer:
         if not self._numbers:
             return
         if last is None:
-            subscription._since = self._newest
+            subscription._since = None if self._away_since else self._newest
             return
         if last > self._newest:
             if self.relay is not None and (
@@ -937,7 +943,6 @@ class EventBouncer:
             self._late.discard(subscription)
             if not self._late:
                 self._changed.notify_all()
-
 
     # The relay's reader. One thread per process, from the first subscriber on; a process that only
     # publishes has none.
@@ -1321,17 +1326,33 @@ class _Detached:
         self.streams: dict[_Stream, None] = {}
         self.channels: dict[str, dict[_Stream, None]] = {}
         self.ahead: dict[_Stream, None] = {}  # those that have seen more than this process
+        # Bytes in all. One is written under the bouncer's lock, one by the hub's thread.
+        self.told = self.sent = 0
 
-    # What the fan-out room calls, under the bouncer's lock.
+    # What the fan-out room calls, all but the last under the bouncer's lock.
 
     def attach(self, stream: _Stream) -> None:
         self.hub.command(self.hub.attach, stream)
 
     def send(self, event: _Event) -> None:
-        self.hub.command(self.fan_out, event, len(event.frame._wire))
+        self.told += len(event.frame._wire)
+        self.hub.command(self.fan_out, event)
 
     def end(self, stream: _Stream) -> None:
         self.hub.command(self.hub.end, stream)
+
+    def hold_back(self) -> None:
+        """Let a publisher wait while the hub is far behind.
+
+        By asking again and again: to be told, it would need a lock that the hub needs too, and the
+        publisher may hold others already. For the same reason not for ever: the hub might be
+        waiting, in a log handler or a finaliser, for one of those.
+        """
+        until = time.monotonic() + _PATIENCE
+        while self.told - self.sent > _BACKLOG and not self.hub.is_here():
+            time.sleep(0.001)
+            if time.monotonic() > until:
+                break
 
     # What the hub's thread calls.
 
@@ -1341,6 +1362,7 @@ class _Detached:
         Streams of the same channels get the same bytes; those of none of the channels here get
         what goes to all.
         """
+        self.sent += sum(len(event.frame._wire) for event in events)
         apart = dict(self.ahead)
         for name in {event.channel for event in events if event.channel is not None}:
             apart.update(self.channels.get(name, {}))
@@ -1359,8 +1381,9 @@ class _Detached:
                 ],
             )
         for stream in list(self.ahead):
-            if stream.subscription._wants(events[-1].id):  # no longer ahead
-                self.ahead.pop(stream, None)
+            stream.subscription._wants(events[-1].id)
+            if stream.subscription._seen is None:  # no longer ahead
+                del self.ahead[stream]
         if shared := [frame._wire for _, channel, frame in events if channel is None]:
             self.hub.deliver([s for s in self.streams if s not in apart], shared)
             self.beat_at = time.monotonic() + self.heartbeat
@@ -1393,13 +1416,11 @@ class _Hub:
     """The thread that serves all detached streams, and its mailbox."""
 
     def __init__(self) -> None:
-        # Guards the four below, for a few operations each; reentrant, as a bouncer's lock is.
-        # Taken after a bouncer's lock, and never the other way round.
-        self._lock = threading.RLock()
-        self._taken = threading.Condition(self._lock)  # publishers that are held back wait here
-        self._commands: list[tuple[Callable[[list[Any]], None], Any]] = []
-        self._backlog = 0  # bytes of frames in them
+        # What is put in at one end by any thread, under its bouncer's lock, is taken out at the
+        # other by the hub's. A deque needs no lock for that.
+        self._commands: deque[tuple[Callable[[list[Any]], None], Any]] = deque()
         self._woken = False  # a byte is in the pipe, or the hub is about to look anyway
+        self._starting = threading.RLock()
         self._thread: threading.Thread | None = None
         # The hub's thread's own.
         self._outlets: dict[_Detached, None] = {}
@@ -1415,35 +1436,42 @@ class _Hub:
         :raises OSError: if there is no descriptor left for it.
         :raises RuntimeError: if there is no thread left for it.
         """
-        with self._lock:
+        with self._starting:
             if self._thread is not None:
                 return
-            self._selector = selectors.DefaultSelector()
-            self._ear, self._bell = os.pipe()
+            selector = selectors.DefaultSelector()
+            try:
+                self._ear, self._bell = os.pipe()
+            except OSError:
+                selector.close()
+                raise
             os.set_blocking(self._ear, False)
             os.set_blocking(self._bell, False)
-            self._selector.register(self._ear, selectors.EVENT_READ, None)
-            self._thread = threading.Thread(target=self._run, name="sse_bouncer", daemon=True)
+            selector.register(self._ear, selectors.EVENT_READ, None)
+            self._selector = selector
+            thread = threading.Thread(target=self._run, name="sse_bouncer", daemon=True)
+            self._thread = thread
         # Without the lock: under gevent this switches to other greenlets, which may want it.
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            self._thread = None
+            selector.close()
+            os.close(self._ear)
+            os.close(self._bell)
+            raise
 
-    def command(self, obey: Callable[[list[Any]], None], argument: Any, size: int = 0) -> None:
-        with self._lock:
-            self._commands.append((obey, argument))
-            self._backlog += size
-            if not self._woken:
-                self._woken = True
-                os.write(self._bell, b"\0")
+    def command(self, obey: Callable[[list[Any]], None], argument: Any) -> None:
+        self._commands.append((obey, argument))
+        # The command first, then the look at the flag; the hub clears the flag first, and then
+        # takes the commands. So either it takes this one, or this one finds the flag cleared.
+        if not self._woken:
+            self._woken = True
+            os.write(self._bell, b"\0")
 
-    def hold_back(self) -> None:
-        """Let a publisher wait while the hub is far behind; it holds no lock of ours here.
-
-        The bound in time is for what must not, but may happen: that the hub waits, in a log
-        handler or a finaliser, for a lock that this publisher holds.
-        """
-        if self._backlog > _BACKLOG and threading.current_thread() is not self._thread:
-            with self._lock:
-                self._taken.wait_for(lambda: self._backlog <= _BACKLOG, _PATIENCE)
+    def is_here(self) -> bool:
+        """Return whether it is the hub's thread that asks."""
+        return threading.current_thread() is self._thread
 
     # For the hub's thread only.
 
@@ -1458,10 +1486,12 @@ class _Hub:
     def _turn(self) -> None:
         for key, events in self._selector.select(self._idle_time()):
             if key.data is None:
-                os.read(self._ear, _BATCH)  # before _take() clears _woken, or a byte is lost
+                os.read(self._ear, _BATCH)  # before the flag is cleared, or a byte of after is lost
             else:
                 self._guard(key.data, self._serve, events)
-        for obey, run in groupby(self._take(), itemgetter(0)):
+        self._woken = False
+        commands = [self._commands.popleft() for _ in range(len(self._commands))]
+        for obey, run in groupby(commands, itemgetter(0)):
             try:
                 obey([argument for _, argument in run])
             except Exception:  # the other commands are other people's
@@ -1473,16 +1503,6 @@ class _Hub:
         if self._deadlines:
             at = min(at, self._tick_at)
         return None if at == math.inf else max(0.0, at - time.monotonic())
-
-    def _take(self) -> list[tuple[Callable[[list[Any]], None], Any]]:
-        with self._lock:
-            # Both at once. A publisher that comes before them finds _woken set and rings no bell,
-            # but its command is taken here; one that comes after them rings.
-            self._woken = False
-            commands, self._commands = self._commands, []
-            self._backlog = 0
-            self._taken.notify_all()
-        return commands
 
     def _watch_the_clock(self) -> None:
         now = time.monotonic()
