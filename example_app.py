@@ -5,21 +5,28 @@ Start it with ``python example_app.py`` and open http://127.0.0.1:5000/, or try 
     curl -N http://127.0.0.1:5000/subscribe
     curl -X POST http://127.0.0.1:5000/publish -d "Hey!"
 
-``flask --app example_app run`` and ``gunicorn example_app:app`` serve it as well.
+``flask --app example_app run`` and ``gunicorn example_app:app`` serve it as well. With the address
+of a Redis in the environment, ``REDIS_URL=redis://localhost``, any number of them share one feed.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 
 from flask import Flask, Response, jsonify, request
 
-from sse_bouncer import EventBouncer, format_sse, sse_response
+from sse_bouncer import EventBouncer, RedisRelay, format_sse, sse_response
 
 app = Flask(__name__)
 app.config["MAX_CONTENT_LENGTH"] = 16 * 1024  # bytes; what one sends, everybody gets
-bouncer = EventBouncer()
+relay = None
+if url := os.environ.get("REDIS_URL"):
+    import redis
+
+    relay = RedisRelay(redis.Redis.from_url(url), key="example")
+bouncer = EventBouncer(history=100, relay=relay)
 
 
 @app.get("/")

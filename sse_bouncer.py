@@ -42,6 +42,7 @@ __all__ = [
     "sse_response",
 ]
 
+import atexit
 import errno
 import functools
 import inspect
@@ -1298,6 +1299,8 @@ _HEARSAY = 64 * 1024
 _BATCH = 128
 # Seconds between looks at streams that have a deadline.
 _TICK = 0.25
+# Seconds between looks of a thread that waits for the hub.
+_GLANCE = 0.001
 
 
 class _Stream:
@@ -1350,7 +1353,7 @@ class _Detached:
         """
         until = time.monotonic() + _PATIENCE
         while self.told - self.sent > _BACKLOG and not self.hub.is_here():
-            time.sleep(0.001)
+            time.sleep(_GLANCE)
             if time.monotonic() > until:
                 break
 
@@ -1362,7 +1365,12 @@ class _Detached:
         Streams of the same channels get the same bytes; those of none of the channels here get
         what goes to all.
         """
-        self.sent += sum(len(event.frame._wire) for event in events)
+        try:
+            self._fan_out(events)
+        finally:
+            self.sent += sum(len(event.frame._wire) for event in events)
+
+    def _fan_out(self, events: list[_Event]) -> None:
         apart = dict(self.ahead)
         for name in {event.channel for event in events if event.channel is not None}:
             apart.update(self.channels.get(name, {}))
@@ -1460,6 +1468,7 @@ class _Hub:
             os.close(self._ear)
             os.close(self._bell)
             raise
+        atexit.register(self.settle)
 
     def command(self, obey: Callable[[list[Any]], None], argument: Any) -> None:
         self._commands.append((obey, argument))
@@ -1468,6 +1477,14 @@ class _Hub:
         if not self._woken:
             self._woken = True
             os.write(self._bell, b"\0")
+
+    def settle(self) -> None:
+        """Wait, when the process ends, until what was broadcast is sent, but not for long."""
+        until = time.monotonic() + _PATIENCE
+        while _hubs.get(None) is self and time.monotonic() < until and (
+            self._commands or any(outlet.told > outlet.sent for outlet in list(self._outlets))
+        ):
+            time.sleep(_GLANCE)
 
     def is_here(self) -> bool:
         """Return whether it is the hub's thread that asks."""
