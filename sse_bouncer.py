@@ -1746,6 +1746,7 @@ def _abandon_hub() -> None:
     hub = _hubs.pop(None, None)
     if hub is not None and hub._thread is not None:
         streams = {s for outlet in hub._outlets for s in outlet.streams} | set(hub._deadlines)
+        streams |= {about for _, about in hub._commands if isinstance(about, _Stream)}
         # The selector is not told: what it is told it would tell the parent's.
         for fd in {hub._ear, hub._bell} | {s.fd for s in streams if s.fd >= 0}:
             try:
@@ -1762,8 +1763,8 @@ def _detach(subscription: Subscription, connection: socket.socket, head: bytes) 
     log. Whatever else it does to "its" connection (shutdown, linger, close, poll) touches that
     dead end, and not the client.
 
-    :raises OSError: if no descriptor is left; the connection is as it was.
-    :raises RuntimeError: if no thread is left; the connection is as it was.
+    :raises OSError: if no descriptor can be spared; the connection is as it was.
+    :raises RuntimeError: if there is no thread to be had; the connection is as it was.
     """
     hub = _hub()
     for level, option, value in _OPTIONS:
@@ -1773,6 +1774,8 @@ def _detach(subscription: Subscription, connection: socket.socket, head: bytes) 
             pass  # a unix socket has no TCP options
     fd = os.dup(connection.fileno())
     try:
+        if fd >= _most_descriptors():  # it is the lowest that was free, so about as many are open
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         theirs, dead_end = socket.socketpair()
         dead_end.close()
         with theirs:
@@ -1786,6 +1789,18 @@ def _detach(subscription: Subscription, connection: socket.socket, head: bytes) 
         lambda: _Detached(hub, subscription._bouncer.heartbeat),
         lambda held: _Stream(subscription, fd, deque([head, *held])),
     )
+
+
+def _most_descriptors() -> float:
+    """Return how many descriptors may be open before streams leave the rest to the server.
+
+    One that cannot accept() for want of them does not only turn clients away: a gunicorn worker
+    ends, and all its streams with it.
+    """
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit - limit // 10
 
 
 # Options are left out where the platform has none of the name.
@@ -1877,8 +1892,12 @@ def _stream(
     try:
         return sse_response(bouncer.subscribe(*channels, last_event_id=last_event_id))
     except EventBouncer.Refused as refused:
-        low, high = bouncer.retry or (5_000, 15_000)
-        return _respond([f"retry: {random.randint(low, high)}\n: {refused}\n".encode()], 200, None)
+        return _respond([_turned_away(bouncer, str(refused))], 200, None)
+
+
+def _turned_away(bouncer: EventBouncer, why: str) -> bytes:
+    """Return the whole body for a client that is to come back later."""
+    return f"retry: {random.randint(*(bouncer.retry or (5_000, 15_000)))}\n: {why}\n".encode()
 
 
 def _respond(
@@ -1965,10 +1984,16 @@ class _SubscriptionBody:
         head = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
         try:
             _detach(self._subscription, connection, head + self._opening)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             _warn_once(
-                "detach", f"a stream holds a worker, for want of a descriptor or a thread: {error}"
+                "descriptors",
+                f"clients are told to come back later, for want of descriptors: {error}; "
+                "raise the limit, for example by ulimit -n",
             )
+            bouncer.unsubscribe(self._subscription)
+            self._opening = _turned_away(bouncer, "this process has no descriptor to spare")
+        except RuntimeError as error:
+            _warn_once("thread", f"streams hold workers, for want of a thread: {error}")
         else:
             self._detached = True
 
@@ -2071,17 +2096,27 @@ def _release_if_view_fails(subscription: Subscription) -> None:
     """
     flask: Any = sys.modules.get("flask")
     if flask is not None and flask.has_request_context():
+        app = flask.current_app._get_current_object()
         # Connecting again has no effect.
-        flask.request_tearing_down.connect(_tear_down, flask.current_app._get_current_object())
+        flask.request_finished.connect(_request_finished, app)
+        flask.request_tearing_down.connect(_request_tearing_down, app)
         made = flask.request.environ.setdefault(_OF_REQUEST, [])
         made.append(weakref.ref(subscription))
 
 
-def _tear_down(app: Flask, exc: BaseException | None = None, **_: object) -> None:
+def _request_finished(app: Flask, response: Response, **_: object) -> None:
+    if response.status_code >= 400:  # an error handler has answered
+        _release_all_of_request()
+
+
+def _request_tearing_down(app: Flask, exc: BaseException | None = None, **_: object) -> None:
+    if exc is not None:  # none has
+        _release_all_of_request()
+
+
+def _release_all_of_request() -> None:
     from flask import request
 
-    made = request.environ.pop(_OF_REQUEST, ())
-    if exc is not None:
-        for reference in made:
-            if (subscription := reference()) is not None:
-                subscription._bouncer.unsubscribe(subscription)
+    for reference in request.environ.pop(_OF_REQUEST, ()):
+        if (subscription := reference()) is not None:
+            subscription._bouncer.unsubscribe(subscription)

@@ -1,0 +1,2495 @@
+"""Tests of sse_bouncer: real servers, real sockets, a real browser, and no part of ours mocked.
+
+    pytest                              everything
+    pytest -k "wire or fan_out"         the rooms that need no server
+    pytest -k gthread                   one server
+
+The rooms are those of the module: WIRE FORMAT, FAN-OUT, RESPONSE, then SERVERS (the same promises
+under every server), WAYS TO USE IT, and PROMISES about the package as a whole. Flask and pytest are
+enough to run the file: a test skips, and says so, where a server, the browser or a tool it needs is
+not there. Under ``CI=true`` nothing may be skipped, so there the same is a failure.
+
+Nothing here asserts how long something takes, and nothing sleeps to let something else happen: a
+test waits for what it wants to see, and fails at TIMEOUT. Random tests print their seed; ``SEED=``
+in the environment plays it again.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import datetime
+import decimal
+import enum
+import errno
+import gc
+import http.client
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+
+import flask
+import pytest
+from werkzeug.test import create_environ
+
+import sse_bouncer
+from sse_bouncer import EventBouncer, Frame, Subscription, format_sse, sse_response
+
+TIMEOUT = 30.0  # seconds until a test gives up: far beyond what anything takes on a busy machine
+ROOT = Path(__file__).resolve().parent
+T = TypeVar("T")
+
+
+# =================================================================================================
+# HARNESS
+#
+# What the tests stand on: waiting, threads, a parser and a client of our own, servers, a browser.
+# =================================================================================================
+
+
+def need(module: str) -> None:
+    """Skip the test, or fail it under CI, where a package that it drives is not installed."""
+    if importlib.util.find_spec(module) is None:
+        go_without(module)
+
+
+def need_program(name: str) -> str:
+    """Return where a program is; skip the test, or fail it under CI, where there is none."""
+    return shutil.which(name) or go_without(name)
+
+
+def go_without(what: str) -> NoReturn:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} is not installed, and CI skips nothing")
+    pytest.skip(f"{what} is not installed")
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Wait until ``condition`` holds; fail, naming ``what`` did not happen, at TIMEOUT.
+
+    The pause leaves the processor to those whom the test waits for. No test depends on its length.
+    """
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not within {TIMEOUT} s")
+        time.sleep(0.005)
+
+
+class Task(Generic[T]):
+    """A function running in a daemon thread: one that hangs fails its own test, not the run."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._future: Future[T] = Future()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._future.set_result(self._function())
+        except BaseException as error:  # also pytest.fail's: it belongs to who asks for the result
+            self._future.set_exception(error)
+
+    def result(self) -> T:
+        return self._future.result(TIMEOUT)
+
+    def wait_until_parked(self) -> None:
+        """Wait until the thread waits for another: its innermost frame is in a Condition's wait.
+
+        Without this a test of "wakes a blocked reader" mostly wakes a reader not yet blocked.
+        """
+
+        def parked() -> bool:
+            frame = sys._current_frames().get(self.thread.ident or 0)
+            code = frame and frame.f_code
+            return bool(code and code.co_filename == threading.__file__ and code.co_name == "wait")
+
+        wait_until(parked, "the thread waits")
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Randomness that can be had again: pytest shows the seed where the test fails."""
+    seed = int(os.environ.get("SEED", time.time_ns() % 10**9))
+    print(f"SEED={seed}")
+    return random.Random(seed)
+
+
+def run_python(code: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a fresh interpreter that finds the module under test."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment(**environ),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return the environment for a subprocess, with the repository's root to import from.
+
+    A REDIS_URL that the developer has set is not for the tests: it may be in use.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ours = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "REDIS_URL": ""}
+    return {**os.environ, **ours, **extra}
+
+
+class Event(NamedTuple):
+    """What a browser would dispatch."""
+
+    data: str
+    type: str = "message"
+    id: str = ""
+
+
+class Parser:
+    """An event stream read as the standard says, in pieces cut wherever the network cut them.
+
+    Written from https://html.spec.whatwg.org/multipage/server-sent-events.html sections 9.2.5 and
+    9.2.6 alone, so that it and ``format_sse`` cannot share a misunderstanding.
+    """
+
+    def __init__(self) -> None:
+        self.comments: list[str] = []
+        self.retry: int | None = None
+        self.last_event_id = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = True  # where one byte order mark is ignored
+        self._after_cr = False  # a LF that comes next is the second half of a CR LF
+        self._line = ""  # of which the end has not come yet
+        self._data = self._type = self._id = ""
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """Take the next bytes and return the events that they complete."""
+        text = self._decoder.decode(chunk)
+        if not text:
+            return []
+        if self._at_start:
+            self._at_start = False
+            text = text.removeprefix("\ufeff")
+        if self._after_cr:
+            text = text.removeprefix("\n")
+        self._after_cr = text.endswith("\r") or (self._after_cr and not text)
+        *lines, self._line = re.split("\r\n|\n|\r", self._line + text)
+        return [event for line in lines if (event := self._take(line))]
+
+    def _take(self, line: str) -> Event | None:
+        if not line:
+            return self._dispatch()
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if line.startswith(":"):
+            self.comments.append(line[1:])
+        elif field == "event":
+            self._type = value
+        elif field == "data":
+            self._data += value + "\n"
+        elif field == "id" and "\0" not in value:
+            self._id = value
+        elif field == "retry" and re.fullmatch("[0-9]+", value):
+            self.retry = int(value)
+        return None
+
+    def _dispatch(self) -> Event | None:
+        self.last_event_id = self._id
+        data, type_ = self._data, self._type
+        self._data = self._type = ""
+        if not data:
+            return None
+        return Event(data[:-1], type_ or "message", self.last_event_id)
+
+
+def parse(stream: bytes) -> list[Event]:
+    return Parser().feed(stream)
+
+
+class Client:
+    """One HTTP request on a socket of its own, with its body read as an event stream.
+
+    It reads only when it is asked to, so the test decides when a client is slow, leaves or resets.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        path: str,
+        *,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        receive_buffer: int | None = None,
+    ) -> None:
+        self.body = bytearray()
+        self.ended = False  # the server has ended the body, or closed the connection
+        self.whole = False  # ... and had sent all of it
+        self.parser = Parser()
+        self._raw = b""  # received, not yet decoded
+        self._events: deque[Event] = deque()
+        self._head: tuple[int, list[tuple[str, str]]] | None = None
+        self._chunked = False
+        self._socket = socket.socket()
+        self._socket.settimeout(TIMEOUT)
+        if receive_buffer:  # bounded before the connection opens: the window never grows past it
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._socket.connect(("127.0.0.1", port))
+        lines = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{port}"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        self._socket.sendall("".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1"))
+
+    @property
+    def status(self) -> int:
+        return self._wait_for_head()[0]
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """The response's headers: names in lower case, in the order sent, repeats as they are."""
+        return self._wait_for_head()[1]
+
+    def event(self) -> Event:
+        """Return the next event."""
+        self.wait_until(lambda: bool(self._events), "an event")
+        return self._events.popleft()
+
+    def events(self, count: int) -> list[Event]:
+        self.wait_until(lambda: len(self._events) >= count, f"{count} events")
+        return [self._events.popleft() for _ in range(count)]
+
+    def wait_end(self) -> list[Event]:
+        """Read until the server ends the stream; return the events not yet asked for."""
+        deadline = time.monotonic() + TIMEOUT
+        while not self.ended:
+            self._receive(deadline, "the end of the stream")
+        return list(self._events)
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Read until ``condition`` holds."""
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            if self.ended:
+                pytest.fail(f"the stream ended before {what}, after {self.body[-500:]!r}")
+            self._receive(deadline, what)
+
+    def close(self) -> None:
+        """Leave politely, with a FIN."""
+        self._socket.close()
+
+    def reset(self) -> None:
+        """Leave as a crashed program does, with a RST."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._socket.close()
+
+    def _wait_for_head(self) -> tuple[int, list[tuple[str, str]]]:
+        self.wait_until(lambda: self._head is not None, "the response's head")
+        assert self._head
+        return self._head
+
+    def _receive(self, deadline: float, what: str) -> None:
+        """Take in what one recv brings; a heartbeat must not keep a test waiting for ever."""
+        try:
+            received = self._socket.recv(65536)
+        except TimeoutError:
+            received = None
+        except ConnectionResetError:
+            self.ended = True
+            return
+        if received is None or time.monotonic() > deadline:
+            pytest.fail(f"no {what} within {TIMEOUT} s, after {self.body[-500:]!r}")
+        if not received:
+            self.ended = True
+            self.whole = self.whole or not self._chunked
+            return
+        self._raw += received
+        if self._head is None and b"\r\n\r\n" in self._raw:
+            head, _, self._raw = self._raw.partition(b"\r\n\r\n")
+            status, *lines = head.decode("latin-1").split("\r\n")
+            pairs = [line.partition(":")[::2] for line in lines]
+            headers = [(name.lower(), value.strip()) for name, value in pairs]
+            self._head = int(status.split()[1]), headers
+            self._chunked = ("transfer-encoding", "chunked") in headers
+        if self._head is not None:
+            part = self._dechunk() if self._chunked else self._raw
+            self._raw = self._raw if self._chunked else b""
+            self.body += part
+            self._events += self.parser.feed(part)
+
+    def _dechunk(self) -> bytes:
+        """Take the complete chunks off what was received."""
+        parts = []
+        while not self.ended:
+            size_line, found, rest = self._raw.partition(b"\r\n")
+            if not found or len(rest) < (size := int(size_line, 16)) + 2:
+                break
+            parts.append(rest[:size])
+            self._raw = rest[size + 2 :]
+            self.ended = self.whole = size == 0
+        return b"".join(parts)
+
+
+# A script as `python app.py` runs it, but for the port, which its `app.run()` leaves at 5000.
+SCRIPT = """
+import functools, runpy, sys
+from flask import Flask
+Flask.run = functools.partialmethod(Flask.run, port=0)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+WAITRESS = """
+import waitress.server
+from {module} import app
+server = waitress.server.create_server(app, host="127.0.0.1", port=0, threads=32)
+print("Running on http://127.0.0.1:%s" % server.effective_port, flush=True)
+server.run()
+"""
+
+# How each kind of server is started, so that it finds a free port by itself and prints it: a port
+# that a test had looked for could be somebody else's when the server gets to it.
+GUNICORN = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--worker-class"]
+COMMANDS = {
+    "script": [sys.executable, "-c", SCRIPT, "{module}.py"],
+    "development": [sys.executable, "-m", "flask", "--app", "{module}", "run", "--port", "0"],
+    "sync": [*GUNICORN, "sync", "{module}:app"],
+    "gthread": [*GUNICORN, "gthread", "--threads", "32", "{module}:app"],
+    "gevent": [*GUNICORN, "gevent", "{module}:app"],
+    "waitress": [sys.executable, "-c", WAITRESS],
+}
+NEEDS = {
+    "sync": ["gunicorn"],
+    "gthread": ["gunicorn"],
+    "gevent": ["gunicorn", "gevent", "packaging"],
+    "waitress": ["waitress"],
+}
+KINDS = ["development", "sync", "gthread", "gevent", "waitress"]
+ADDRESS = re.compile(r"(?:Running on|Listening at:) http://127\.0\.0\.1:(\d+)")
+
+# What no log may hold, whatever clients do.
+COMPLAINTS = re.compile("Traceback|Exception ignored|Error (on|handling) request|WORKER TIMEOUT")
+
+
+class Server:
+    """A server in a subprocess (a group of them: workers, reloader), with its log in a file."""
+
+    def __init__(
+        self, kind: str, command: list[str], folder: Path, environ: dict[str, str]
+    ) -> None:
+        self.kind = kind
+        self._log = folder / "log"
+        self._clients: list[Client] = []
+        self._forgiven = 0  # how much of the log is looked through for complaints
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group that can be killed whole
+            )
+        self.port = 0  # both are found when the server prints them
+        self.side_port = 0
+        self.by_side_door = False
+
+    def log(self) -> str:
+        """Return what all its processes have printed so far."""
+        return self._log.read_text("utf-8", "replace")
+
+    def wait_for_log(self, pattern: str | re.Pattern[str]) -> re.Match[str]:
+        """Wait until something like ``pattern`` is in the log."""
+        found: list[re.Match[str]] = []
+
+        def look() -> bool:
+            running = self.process.poll() is None
+            found.extend(re.finditer(pattern, self.log()))
+            if not found and not running:
+                pytest.fail(f"the server ended with {self.process.returncode}:\n{self.log()}")
+            return bool(found)
+
+        wait_until(look, f"{pattern} in the log")
+        return found[0]
+
+    def complaints(self) -> str:
+        """Return the log since the last call, if it has a traceback or the like in it."""
+        log = self.log()
+        new, self._forgiven = log[self._forgiven :], len(log)
+        return new if COMPLAINTS.search(new) else ""
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """Signal the server, wait until it has ended, and return its exit status."""
+        self.process.send_signal(how)
+        return self.process.wait(TIMEOUT)
+
+    def count(self, what: str) -> int:
+        """Return how many threads ("task") or descriptors ("fd") all its processes have."""
+        if not Path("/proc/self", what).exists():
+            pytest.skip("this platform has no /proc")
+        pids, total = [self.process.pid], 0
+        while pids:
+            process = Path(f"/proc/{pids.pop()}")
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                total += len(list((process / what).iterdir()))
+                for children in process.glob("task/*/children"):
+                    pids += map(int, children.read_text().split())
+        return total
+
+    def kill(self) -> None:
+        """End every process of the server, however it is."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(TIMEOUT)
+
+    def client(self, path: str, **options: Any) -> Client:
+        """Open a stream. It is closed with the test."""
+        client = Client(self.port, path, **options)
+        self._clients.append(client)
+        return client
+
+    def close_clients(self) -> None:
+        while self._clients:
+            self._clients.pop().close()
+
+    def request(self, method: str, path: str, body: object = None, **headers: str) -> Any:
+        """Make an ordinary request; return its JSON, or its text where it is none.
+
+        ``bytes`` are sent as they are, anything else as JSON.
+        """
+        port = self.side_port if self.by_side_door else self.port
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            text = response.read().decode()
+            if response.status >= 400:
+                raise RefusedRequest(response.status, text)
+            is_json = response.getheader("Content-Type") == "application/json"
+            return json.loads(text) if is_json else text
+
+    def get(self, path: str, **headers: str) -> Any:
+        return self.request("GET", path, **headers)
+
+    def post(self, path: str, body: object = None, **headers: str) -> Any:
+        return self.request("POST", path, body, **headers)
+
+
+class RefusedRequest(Exception):
+    """An ordinary request was answered with a status of 400 or more."""
+
+
+@contextlib.contextmanager
+def serve(kind: str, source: str = "", *options: str, app: str = "app") -> Iterator[Server]:
+    """Run a server of ``kind`` with ``source`` as its module ``app``, or with a module named.
+
+    It ends with the block, and so do its clients; a traceback in its log fails the test.
+    """
+    for module in NEEDS.get(kind, []):
+        need(module)
+    command = [word.replace("{module}", app) for word in COMMANDS[kind]] + list(options)
+    if "gunicorn" in command:
+        command += gunicorn_options()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if source:
+            (folder / f"{app}.py").write_text(source, "utf-8")
+        environ = environment(SIDE_DOOR="yes" if kind == "sync" else "")
+        server = Server(kind, command, folder, environ)
+        try:
+            server.port = int(server.wait_for_log(ADDRESS)[1])
+            if kind == "sync" and "SIDE_DOOR" in source:
+                server.side_port = int(server.wait_for_log(r"side door: (\d+)")[1])
+            yield server
+            assert "" == server.complaints()
+        finally:
+            server.close_clients()
+            server.kill()
+
+
+def gunicorn_options() -> list[str]:
+    """Newer versions open a control socket in the home folder: one that servers would share."""
+    major, minor = version("gunicorn").split(".")[:2]
+    return ["--no-control-socket"] if (int(major), int(minor)) >= (25, 1) else []
+
+
+# The app under test in SERVERS. Each test makes a bouncer of its own in it, by a name.
+#
+# A stream that goes through the sync worker holds the whole worker, so there the same process opens
+# a side door: a second, threaded server, by which the test publishes and looks.
+APP = '''
+import itertools, os, threading
+from flask import Flask, request
+from sse_bouncer import EventBouncer, sse_response
+
+app = Flask(__name__)
+bouncers = {}
+pace = threading.Event()  # never set: what paces a generator
+gates = {}
+ended = []
+errors = []
+
+@app.post("/new/<name>")
+def new(name):
+    bouncers[name] = EventBouncer(**request.get_json())
+    gates[name] = threading.Event()
+    return {}
+
+@app.get("/subscribe/<name>")
+def subscribe(name):
+    return bouncers[name].stream(*request.args.getlist("channel"))
+
+@app.post("/broadcast/<name>")
+def broadcast(name):
+    for message in request.get_json():
+        bouncers[name].broadcast(**message)
+    return {}
+
+@app.post("/burst/<name>/<int:count>")
+def burst(name, count):
+    size, first = (int(request.args.get(key, 0)) for key in ("size", "first"))
+    for number in range(first, first + count):
+        bouncers[name].broadcast(str(number).rjust(size))
+    return {}
+
+@app.post("/close/<name>")
+def close(name):
+    bouncers[name].close(*request.args.getlist("channel"))
+    return {}
+
+@app.get("/stats/<name>")
+def stats(name):
+    return {**bouncers[name].stats(), "ended": name in ended}
+
+@app.get("/generate/<name>")
+def generate(name):
+    def numbers():
+        try:
+            gates[name].wait()
+            for number in itertools.count():
+                yield number
+                pace.wait(0.02)
+        finally:
+            ended.append(name)
+    return sse_response(numbers())
+
+@app.post("/open/<name>")
+def open_gate(name):
+    gates[name].set()
+    return {}
+
+@app.get("/fail/<name>")
+def fail(name):
+    subscription = bouncers[name].subscribe()
+    raise KeyError(name)
+
+app.log_exception = errors.append  # keeps tracebacks, as a log handler may, and so local variables
+
+@app.get("/discard/<name>")
+def discard(name):
+    bouncers[name].stream()
+    return {}
+
+if os.environ.get("SIDE_DOOR"):
+    from werkzeug.serving import make_server
+    side_door = make_server("127.0.0.1", 0, app, threaded=True)
+    print("side door:", side_door.port, flush=True)
+    threading.Thread(target=side_door.serve_forever, daemon=True).start()
+'''
+
+
+class Remote:
+    """A bouncer of one test's own, in the server that all tests of a kind share."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, server: Server, **options: object) -> None:
+        self.server = server
+        self.name = f"bouncer{next(self._numbers)}"
+        self.readers = 1 if server.by_side_door else 20  # how many streams there may be at a time
+        server.post(f"/new/{self.name}", options)
+
+    def client(self, query: str = "", **options: Any) -> Client:
+        """Open a stream, and wait until its subscription stands."""
+        before = self.stats()["subscribers"]
+        client = self.server.client(f"/subscribe/{self.name}{query}", **options)
+        wait_until(lambda: self.stats()["subscribers"] > before, "the subscription stands")
+        return client
+
+    def broadcast(self, *messages: object, **fields: object) -> None:
+        self.server.post(
+            f"/broadcast/{self.name}", [{"msg": message, **fields} for message in messages]
+        )
+
+    def close(self, query: str = "") -> None:
+        self.server.post(f"/close/{self.name}{query}")
+
+    def stats(self) -> dict[str, int]:
+        stats: dict[str, int] = self.server.get(f"/stats/{self.name}")
+        return stats
+
+    def wait_until_left(self) -> None:
+        wait_until(lambda: self.stats()["subscribers"] == 0, "the subscription is gone")
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a server that several tests share: end each test's clients, and look at the log."""
+    values = [request.getfixturevalue(n) for n in request.fixturenames if n != "leave_nothing"]
+    servers = [value for value in values if isinstance(value, Server)]
+    yield
+    for server in servers:
+        server.close_clients()
+        assert "" == server.complaints()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def shared_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with serve(request.param, APP) as server:
+        yield server
+
+
+@pytest.fixture(params=["detached", "served"])
+def remote(
+    request: pytest.FixtureRequest, shared_server: Server
+) -> Iterator[Callable[..., Remote]]:
+    """Makes bouncers in the shared server. Their streams end with the test.
+
+    They are taken over from the server where that can be done, or go through it: to a client there
+    is no difference.
+    """
+    detach = request.param == "detached"
+    shared_server.by_side_door = shared_server.kind == "sync" and not detach
+    made = []
+
+    def new(**options: object) -> Remote:
+        made.append(Remote(shared_server, **{"heartbeat": None, "detach": detach, **options}))
+        return made[-1]
+
+    yield new
+    for bouncer in made:
+        bouncer.close()
+
+
+class Browser:
+    """Headless Chromium behind chromedriver, spoken to over WebDriver's HTTP."""
+
+    def __init__(self, port: int, profile: Path) -> None:
+        self._port = port
+        self._session = ""
+        options = {
+            "args": [
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                f"--user-data-dir={profile}",
+            ]
+        }
+        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+        self._session = f"/session/{self._send('POST', '/session', wanted)['sessionId']}"
+
+    def go(self, url: str) -> None:
+        self._send("POST", f"{self._session}/url", {"url": url})
+
+    def run(self, script: str, *arguments: object) -> Any:
+        """Run ``script``, the body of a function, in the page and return what it returns."""
+        command = {"script": script, "args": arguments}
+        return self._send("POST", f"{self._session}/execute/sync", command)
+
+    def wait_until(self, expression: str) -> None:
+        """Wait until ``expression`` is true in the page."""
+        wait_until(lambda: self.run(f"return {expression}"), f"in the page: {expression}")
+
+    def quit(self) -> None:
+        self._send("DELETE", self._session)
+
+    def _send(self, method: str, path: str, body: object = None) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT)
+        with contextlib.closing(connection):
+            connection.request(method, path, json.dumps(body) if body is not None else None)
+            value = json.loads(connection.getresponse().read())["value"]
+        assert not (isinstance(value, dict) and "error" in value), value
+        return value
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    need_program("chromium")
+    folder = tmp_path_factory.mktemp("browser")
+    command = [need_program("chromedriver"), "--port=0"]
+    driver = Server("chromedriver", command, folder, environment())
+    try:
+        port = int(driver.wait_for_log(r"started successfully on port (\d+)")[1])
+        chromium = Browser(port, folder / "profile")
+        yield chromium
+        chromium.quit()
+    finally:
+        driver.kill()
+
+
+# =================================================================================================
+# 1. WIRE FORMAT
+# =================================================================================================
+
+
+class Colour(enum.StrEnum):
+    RED = "red"
+
+
+class OldColour(str, enum.Enum):  # noqa: UP042 - the way it was written before StrEnum
+    RED = "red"
+
+
+# What is given to format_sse, what is sent, and what a browser makes of it.
+FRAMES: list[tuple[dict[str, Any], str, list[Event]]] = [
+    # fields
+    ({"data": "hi"}, "data: hi\n\n", [Event("hi")]),
+    ({"data": "hi", "event": "greet"}, "event: greet\ndata: hi\n\n", [Event("hi", "greet")]),
+    ({"data": "hi", "event": ""}, "data: hi\n\n", [Event("hi")]),
+    ({"data": "hi", "event": Colour.RED}, "event: red\ndata: hi\n\n", [Event("hi", "red")]),
+    ({"data": "hi", "id": "7"}, "id: 7\ndata: hi\n\n", [Event("hi", id="7")]),
+    ({"data": "hi", "id": 7}, "id: 7\ndata: hi\n\n", [Event("hi", id="7")]),
+    ({"data": "hi", "id": 0}, "id: 0\ndata: hi\n\n", [Event("hi", id="0")]),
+    ({"data": "hi", "id": ""}, "id: \ndata: hi\n\n", [Event("hi")]),
+    ({"data": "hi", "retry": 0}, "retry: 0\ndata: hi\n\n", [Event("hi")]),
+    ({"data": "hi", "comment": "so"}, ": so\ndata: hi\n\n", [Event("hi")]),
+    (
+        {"data": "d", "event": "e", "id": "i", "retry": 1, "comment": "c"},
+        ": c\nevent: e\nid: i\nretry: 1\ndata: d\n\n",
+        [Event("d", "e", "i")],
+    ),
+    # no data: no event, but the rest counts
+    ({"comment": "only"}, ": only\n\n", []),
+    ({"comment": ""}, ": \n\n", []),
+    ({"id": "7"}, "id: 7\n\n", []),
+    ({"id": ""}, "id: \n\n", []),
+    ({"retry": 1500}, "retry: 1500\n\n", []),
+    ({"event": "greet"}, "event: greet\n\n", []),
+    # line ends
+    ({"data": "a\nb"}, "data: a\ndata: b\n\n", [Event("a\nb")]),
+    ({"data": "a\rb"}, "data: a\ndata: b\n\n", [Event("a\nb")]),
+    ({"data": "a\r\nb"}, "data: a\ndata: b\n\n", [Event("a\nb")]),
+    ({"data": "a\n\rb"}, "data: a\ndata: \ndata: b\n\n", [Event("a\n\nb")]),
+    (
+        {"data": "a\nb\r\nc\rd"},
+        "data: a\ndata: b\ndata: c\ndata: d\n\n",
+        [Event("a\nb\nc\nd")],
+    ),
+    ({"data": ""}, "data: \n\n", [Event("")]),
+    ({"data": "\n"}, "data: \ndata: \n\n", [Event("\n")]),
+    ({"data": "x\n"}, "data: x\ndata: \n\n", [Event("x\n")]),
+    ({"data": "\nx"}, "data: \ndata: x\n\n", [Event("\nx")]),
+    ({"data": "a\n\nb"}, "data: a\ndata: \ndata: b\n\n", [Event("a\n\nb")]),
+    ({"data": "x\n\n"}, "data: x\ndata: \ndata: \n\n", [Event("x\n\n")]),
+    ({"comment": "a\nb\r\nc\rd"}, ": a\n: b\n: c\n: d\n\n", []),
+    ({"comment": "a\ndata: evil"}, ": a\n: data: evil\n\n", []),
+    # what is no line end, though str.splitlines() thinks so
+    *[
+        ({"data": f"a{char}b"}, f"data: a{char}b\n\n", [Event(f"a{char}b")])
+        for char in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    ],
+    # what a client strips, and what only looks like it
+    ({"data": " x"}, "data:  x\n\n", [Event(" x")]),
+    ({"data": "  x "}, "data:   x \n\n", [Event("  x ")]),
+    ({"data": "\tx"}, "data: \tx\n\n", [Event("\tx")]),
+    ({"data": "\ufeffx"}, "data: \ufeffx\n\n", [Event("\ufeffx")]),
+    ({"data": "\0"}, "data: \0\n\n", [Event("\0")]),
+    ({"data": "grüß 😀"}, "data: grüß 😀\n\n", [Event("grüß 😀")]),
+    # text that looks like protocol is text
+    ({"data": ":x"}, "data: :x\n\n", [Event(":x")]),
+    ({"data": "data: x"}, "data: data: x\n\n", [Event("data: x")]),
+    ({"data": "a\nevent: evil"}, "data: a\ndata: event: evil\n\n", [Event("a\nevent: evil")]),
+    ({"data": "data: x\n\n"}, "data: data: x\ndata: \ndata: \n\n", [Event("data: x\n\n")]),
+    ({"data": "x", "event": "a: b"}, "event: a: b\ndata: x\n\n", [Event("x", "a: b")]),
+    ({"data": "x", "id": " 7"}, "id:  7\ndata: x\n\n", [Event("x", id=" 7")]),
+    # what is not text
+    ({"data": b"gr\xc3\xbc\xc3\x9f"}, "data: grüß\n\n", [Event("grüß")]),
+    ({"data": b"a\r\nb"}, "data: a\ndata: b\n\n", [Event("a\nb")]),
+    ({"data": b""}, "data: \n\n", [Event("")]),
+    ({"data": bytearray(b"hi")}, "data: hi\n\n", [Event("hi")]),
+    ({"data": memoryview(b"hi")}, "data: hi\n\n", [Event("hi")]),
+    ({"data": Colour.RED}, "data: red\n\n", [Event("red")]),
+    ({"data": OldColour.RED}, "data: red\n\n", [Event("red")]),
+    ({"data": {"n": 1}}, 'data: {"n": 1}\n\n', [Event('{"n": 1}')]),
+    ({"data": ["a\nb"]}, 'data: ["a\\nb"]\n\n', [Event('["a\\nb"]')]),
+    ({"data": 0}, "data: 0\n\n", [Event("0")]),
+    ({"data": False}, "data: false\n\n", [Event("false")]),
+    ({"data": {}}, "data: {}\n\n", [Event("{}")]),
+    ({"data": []}, "data: []\n\n", [Event("[]")]),
+]
+FRAME_IDS = [ascii(given) for given, _, _ in FRAMES]
+
+
+@pytest.mark.parametrize(("given", "sent", "read"), FRAMES, ids=FRAME_IDS)
+def test_wire_to_the_byte(given: dict[str, Any], sent: str, read: list[Event]) -> None:
+    frame = format_sse(**given)
+    assert (sent, Frame) == (str(frame), type(frame))
+
+
+@pytest.mark.parametrize(("given", "sent", "read"), FRAMES, ids=FRAME_IDS)
+def test_wire_is_read_back(given: dict[str, Any], sent: str, read: list[Event]) -> None:
+    """A client reads the same whether the frame comes whole or byte by byte."""
+    wire = format_sse(**given).encode()
+    bytewise = Parser()
+    assert [read, read] == [parse(wire), [e for n in wire for e in bytewise.feed(bytes([n]))]]
+
+
+def test_wire_arguments_by_position() -> None:
+    assert "event: greet\ndata: hi\n\n" == format_sse("hi", "greet")
+
+
+def test_wire_none_is_no_data() -> None:
+    assert "id: 1\n\n" == format_sse(None, id=1)
+
+
+PIECES = [
+    *("\n", "\r", "\r\n", "\n\n", "\n\r", ":", ": ", " ", "\t", "\0", "\ufeff", "😀", "é", "x", ""),
+    *("data", "data: ", "event: evil", "id: 1", "id:\0", "retry: 5", "\nid: 2\n\n", "0", "٣"),
+    *("\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\U0010ffff", "\ud7ff"),
+]
+
+
+def test_wire_any_text_in_any_cut(rng: random.Random) -> None:
+    """Whatever is sent arrives as it was, however the network cuts the stream."""
+
+    def text(without: str = "") -> str:
+        joined = "".join(rng.choices(PIECES, k=rng.randrange(8)))
+        return "".join(char for char in joined if char not in without)
+
+    sent = bytearray()
+    expected = []
+    last_id = ""
+    for _ in range(20_000):
+        data = text()
+        event = text(without="\r\n\0") if rng.random() < 0.3 else None
+        id = text(without="\r\n\0") if rng.random() < 0.3 else None
+        retry = rng.randrange(10**6) if rng.random() < 0.1 else None
+        comment = text() if rng.random() < 0.1 else None
+        sent += format_sse(data, event, id=id, retry=retry, comment=comment).encode()
+        last_id = last_id if id is None else id
+        expected.append(Event(re.sub("\r\n?", "\n", data), event or "message", last_id))
+    parser = Parser()
+    read = []
+    rest = bytes(sent)
+    while rest:
+        cut = rng.choice([1, 2, 3, rng.randrange(1, 100), rng.randrange(1, 10_000)])
+        read += parser.feed(rest[:cut])
+        rest = rest[cut:]
+    for wanted, got in itertools.zip_longest(expected, read):
+        assert wanted == got
+
+
+def test_wire_any_json(rng: random.Random) -> None:
+    """Any JSON value is one event that parses to the same value."""
+
+    def value(depth: int) -> object:
+        simple = [None, True, -1, 1.5, 10**30, "", "a\nb\r\u2028", "😀", "\0"]
+        if depth == 0 or rng.random() < 0.3:
+            return rng.choice(simple)
+        items = [value(depth - 1) for _ in range(rng.randrange(4))]
+        return items if rng.random() < 0.5 else {f"k\n{n}": item for n, item in enumerate(items)}
+
+    values = [[value(3)] for _ in range(2_000)]
+    read = parse("".join(map(format_sse, values)).encode())
+    assert values == [json.loads(event.data) for event in read]
+
+
+def test_wire_json_by_the_apps_provider() -> None:
+    """Within an app context dates, UUIDs and decimals are written as in jsonify."""
+    given = {
+        "date": datetime.date(2030, 1, 2),
+        "uuid": uuid.UUID(int=7),
+        "price": decimal.Decimal("1.10"),
+    }
+    with flask.Flask("test").app_context():
+        assert flask.json.loads(flask.jsonify(given).data) == json.loads(
+            parse(format_sse(given).encode())[0].data
+        )
+
+
+def test_wire_frame_passes_unchanged() -> None:
+    frame = format_sse("a\nb", "greet")
+    assert format_sse(frame) is frame
+
+
+@pytest.mark.parametrize("text", ["data: x\n\n", "data: x\r\n\r\n", "data: x\r\r", ": x\n\r\n"])
+def test_wire_frame_by_hand(text: str) -> None:
+    """Protocol that somebody writes themselves is sent as it is."""
+    assert text == format_sse(Frame(text))
+
+
+BY_HAND = """
+import logging, sys
+logging.basicConfig(format="%(name)s %(levelname)s %(message)s", stream=sys.stdout)
+from sse_bouncer import format_sse
+format_sse("data: one line\\n"), format_sse("hello\\n\\n"), format_sse(format_sse("fine"))
+format_sse("data: by hand\\n\\n")
+format_sse("event: by hand\\ndata: too\\n\\n")
+"""
+
+
+def test_wire_warns_once_of_text_formatted_by_hand() -> None:
+    lines = run_python(BY_HAND).stdout.splitlines()
+    assert [True] == [line.startswith("sse_bouncer WARNING ") for line in lines]
+    assert "data: by hand" in lines[0]
+    assert "format_sse" in lines[0]
+    assert "Frame(" in lines[0]
+
+
+# Streams as the standard's own examples and the web platform tests have them, and what is read:
+# the tests' parser is tested too, since everything else believes it.
+STREAMS: list[tuple[str, list[Event]]] = [
+    ("data: YHOO\ndata: +2\ndata: 10\n\n", [Event("YHOO\n+2\n10")]),
+    (
+        ": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third\n\n",
+        [Event("first event", id="1"), Event("second event"), Event(" third")],
+    ),
+    ("data\n\ndata\ndata\n\ndata:", [Event(""), Event("\n")]),
+    ("data:test\n\ndata: test\n\n", [Event("test"), Event("test")]),
+    ("\ufeffdata: 1\n\n\ufeffdata: 2\n\ndata: 3\n\n", [Event("1"), Event("3")]),
+    ("\ufeff\ufeffdata: 1\n\ndata: 2\n\n", [Event("2")]),
+    ("data: a\rdata: b\r\ndata: c\n\r\ndata: d\r\r", [Event("a\nb\nc"), Event("d")]),
+    ("data: a\r\n\r\ndata: b\r\n\r\n", [Event("a"), Event("b")]),
+    ("Data: a\ndata : b\n data: c\nxdata: d\n\n", []),
+    ("data: a\nid: 1\n\nid: 2\n\ndata: b\n\n", [Event("a", id="1"), Event("b", id="2")]),
+    ("id: 1\n\nid: 2\0\ndata: a\n\n", [Event("a", id="1")]),
+    ("id: 1\n\nid\ndata: a\n\n", [Event("a")]),
+    ("event: x\n\ndata: a\n\n", [Event("a")]),
+    ("event: x\ndata: a\n\ndata: b\n\n", [Event("a", "x"), Event("b")]),
+    ("event: x\nevent\ndata: a\n\n", [Event("a")]),
+    ("data: a\n\ndata: b", [Event("a")]),
+    ("data: a\n\ndata: b\n", [Event("a")]),
+]
+
+
+@pytest.mark.parametrize(("stream", "expected"), STREAMS)
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_parser_reads_as_the_standard_says(stream: str, expected: list[Event], size: int) -> None:
+    parser = Parser()
+    wire = stream.encode()
+    pieces = [wire[start : start + size] for start in range(0, len(wire), size)]
+    assert expected == [event for piece in pieces for event in parser.feed(piece)]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("5", 5), ("02000", 2000), ("", None), ("1000x", None), ("-1", None), ("1.5", None)]
+    + [("+1", None), ("1_000", None), ("²", None), ("１", None)],
+)
+def test_parser_retry_is_ascii_digits(line: str, expected: int | None) -> None:
+    parser = Parser()
+    parser.feed(f"retry: {line}\n".encode())
+    assert expected == parser.retry
+
+
+def test_parser_commits_an_id_at_the_blank_line() -> None:
+    parser = Parser()
+    parser.feed(b"id: 1\n\nid: 2\n")
+    assert "1" == parser.last_event_id
+
+
+# =================================================================================================
+# 2. FAN-OUT
+# =================================================================================================
+
+
+def datas(frames: list[Frame]) -> list[str]:
+    """The data of each event in ``frames``."""
+    return [event.data for event in parse("".join(frames).encode())]
+
+
+def held(subscription: Subscription) -> list[str]:
+    """Take what the subscription holds; return its data."""
+    return datas([subscription.get_nowait() for _ in range(subscription.qsize())])
+
+
+def test_fan_out_reaches_every_subscriber() -> None:
+    bouncer = EventBouncer()
+    subscriptions = [bouncer.subscribe() for _ in range(3)]
+    bouncer.broadcast("hi")
+    assert [["hi"]] * 3 == [held(subscription) for subscription in subscriptions]
+
+
+def test_fan_out_formats_once() -> None:
+    """All subscribers get the same frame object, however many they are."""
+    bouncer = EventBouncer()
+    first, second = bouncer.subscribe(), bouncer.subscribe()
+    bouncer.broadcast({"n": 1}, "greet", id=5, retry=7)
+    frame = first.get_nowait()
+    assert second.get_nowait() is frame
+    assert format_sse({"n": 1}, "greet", id=5, retry=7) == frame
+
+
+def test_fan_out_passes_frames_unchanged() -> None:
+    bouncer = EventBouncer()
+    subscription = bouncer.subscribe()
+    frame = format_sse("hi")
+    bouncer.broadcast(msg=frame)
+    assert subscription.get_nowait() is frame
+
+
+def test_fan_out_subscribes_at_once() -> None:
+    """What is broadcast before anybody reads is not missed; what came before is not there."""
+    bouncer = EventBouncer()
+    bouncer.broadcast("before")
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("after")
+    assert ["after"] == held(subscription)
+
+
+# Who subscribes to what, and who of them gets a broadcast on which channel.
+@pytest.mark.parametrize(
+    ("channels", "broadcast_on", "arrives"),
+    [
+        ([], None, True),
+        ([], "a", False),
+        (["a"], None, True),
+        (["a"], "a", True),
+        (["a"], "b", False),
+        (["a", "b"], "b", True),
+        (["a", "a"], "a", True),
+        (["a"], "A", False),
+    ],
+)
+def test_fan_out_channels(channels: list[str], broadcast_on: str | None, arrives: bool) -> None:
+    bouncer = EventBouncer()
+    subscription = bouncer.subscribe(*channels)
+    bouncer.broadcast("hi", channel=broadcast_on)
+    assert ["hi"] * arrives == held(subscription)
+
+
+def test_fan_out_counts() -> None:
+    bouncer = EventBouncer(maxsize=1, max_subscribers=2)
+    one, two = bouncer.subscribe(), bouncer.subscribe()
+    with pytest.raises(EventBouncer.Refused):
+        bouncer.subscribe()
+    bouncer.unsubscribe(two)
+    bouncer.broadcast("kept")
+    bouncer.broadcast("drops one")
+    bouncer.subscribe("a")
+    expected = {"subscribers": 0, "detached": 0, "broadcasts": 2, "dropped": 1, "refused": 1}
+    assert expected == {**bouncer.stats(), "subscribers": len(bouncer.subscribers)}
+    assert ["kept"] == datas(list(one))
+
+
+def test_fan_out_full_is_dropped_and_ends_with_what_it_holds() -> None:
+    bouncer = EventBouncer(maxsize=3)
+    subscription = bouncer.subscribe()
+    for number in range(3):
+        bouncer.broadcast(number)
+    assert subscription.full()
+    assert (subscription,) == bouncer.subscribers
+    bouncer.broadcast(3)
+    assert not bouncer.subscribers
+    assert 1 == bouncer.stats()["dropped"]
+    bouncer.broadcast(4)
+    assert ["0", "1", "2"] == datas(list(subscription))
+
+
+def test_fan_out_drops_only_who_is_full() -> None:
+    bouncer = EventBouncer(maxsize=2)
+    slow, quick = bouncer.subscribe(), bouncer.subscribe()
+    read = []
+    for number in range(5):
+        bouncer.broadcast(number)
+        read.append(quick.get_nowait())
+    assert [["0", "1"], ["0", "1", "2", "3", "4"]] == [datas(list(slow)), datas(read)]
+    assert (quick,) == bouncer.subscribers
+
+
+def test_fan_out_a_burst_drops_nobody_who_keeps_up() -> None:
+    """A thousand broadcasts in a loop at the default maxsize reach twenty reading threads."""
+    bouncer = EventBouncer()
+    subscriptions = [bouncer.subscribe() for _ in range(20)]
+    readers = [Task(lambda s=s: datas(list(s))) for s in subscriptions]  # type: ignore[misc]
+    for number in range(1000):
+        bouncer.broadcast(number)
+    bouncer.close()
+    expected = [str(number) for number in range(1000)]
+    assert [expected] * 20 == [reader.result() for reader in readers]
+    assert 0 == bouncer.stats()["dropped"]
+
+
+def test_fan_out_racing_publishers_and_subscribers() -> None:
+    """Tens of threads lose nothing, repeat nothing, and all subscribers see one order.
+
+    Besides the steady subscribers there are passers-by, who come for a few frames and leave: what
+    each of them sees, to the last frame held, is an unbroken piece of that order.
+    """
+    bouncer = EventBouncer(maxsize=100_000)
+    start = threading.Barrier(30)
+
+    def publish(who: int) -> None:
+        start.wait(TIMEOUT)
+        for number in range(300):
+            bouncer.broadcast([who, number])
+
+    def pass_by() -> list[list[str]]:
+        visits = []
+        start.wait(TIMEOUT)
+        with contextlib.suppress(EventBouncer.Refused):
+            while True:
+                with bouncer.subscribe() as subscription:
+                    frames = list(itertools.islice(subscription, 7))
+                visits.append(datas(frames + list(subscription)))
+        return visits
+
+    def read(subscription: Subscription) -> list[str]:
+        start.wait(TIMEOUT)
+        return datas(list(subscription))
+
+    steady = [bouncer.subscribe() for _ in range(10)]
+    readers = [Task(lambda s=s: read(s)) for s in steady]  # type: ignore[misc]
+    passers_by = [Task(pass_by) for _ in range(10)]
+    publishers = [Task(lambda who=who: publish(who)) for who in range(10)]  # type: ignore[misc]
+    for publisher in publishers:
+        publisher.result()
+    bouncer.close()
+
+    order, *others = [reader.result() for reader in readers]
+    assert [order] * 9 == others
+    assert Counter(f"[{who}, {n}]" for who in range(10) for n in range(300)) == Counter(order)
+    for who in range(10):
+        own = [data for data in order if data.startswith(f"[{who},")]
+        assert [f"[{who}, {number}]" for number in range(300)] == own
+    position = {data: index for index, data in enumerate(order)}
+    for visit in itertools.chain.from_iterable(task.result() for task in passers_by):
+        first = position[visit[0]] if visit else 0
+        assert order[first : first + len(visit)] == visit
+
+
+def test_fan_out_one_order_while_broadcasts_wait_for_room() -> None:
+    """Publishers that overtake the readers still do not overtake each other.
+
+    Who is dropped has seen the beginning of what those saw who were not.
+    """
+    bouncer = EventBouncer(maxsize=2)
+    subscriptions = [bouncer.subscribe() for _ in range(5)]
+    readers = [Task(lambda s=s: datas(list(s))) for s in subscriptions]  # type: ignore[misc]
+    start = threading.Barrier(8)
+
+    def publish(who: int) -> None:
+        start.wait(TIMEOUT)
+        for number in range(100):
+            bouncer.broadcast([who, number])
+
+    for publisher in [Task(lambda who=who: publish(who)) for who in range(8)]:  # type: ignore[misc]
+        publisher.result()
+    bouncer.close()
+    orders = sorted((reader.result() for reader in readers), key=len)
+    assert [orders[-1][: len(order)] for order in orders] == orders
+
+
+def test_fan_out_racing_closers_leave_nobody() -> None:
+    """However subscribing, unsubscribing and dropping race, the count returns to nothing."""
+    bouncer = EventBouncer(maxsize=2)
+    start = threading.Barrier(20)
+
+    def visit(channel: str) -> None:
+        start.wait(TIMEOUT)
+        for number in range(50):
+            with bouncer.subscribe(channel) as subscription:
+                bouncer.broadcast(number, channel=channel)
+                if number % 3 == 0:
+                    bouncer.close(channel)
+                if number % 3 == 1:
+                    bouncer.unsubscribe(subscription)
+
+    tasks = [Task(lambda n=n: visit(f"c{n % 5}")) for n in range(20)]  # type: ignore[misc]
+    for task in tasks:
+        task.result()
+    assert not bouncer.subscribers
+    assert 0 == bouncer.stats()["subscribers"]
+
+
+def parked_reader(subscription: Subscription) -> Task[list[str]]:
+    """Start a thread that iterates the subscription, and wait until it waits for a frame."""
+    reader = Task(lambda: datas(list(subscription)))
+    reader.wait_until_parked()
+    return reader
+
+
+def test_fan_out_broadcast_wakes_a_reader() -> None:
+    bouncer = EventBouncer()
+    reader = Task(bouncer.subscribe().get)
+    reader.wait_until_parked()
+    bouncer.broadcast("hi")
+    assert "data: hi\n\n" == reader.result()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda bouncer, subscription: bouncer.close(),
+        lambda bouncer, subscription: bouncer.close("a"),
+        EventBouncer.unsubscribe,
+    ],
+    ids=["close", "close-channel", "unsubscribe"],
+)
+def test_fan_out_end_wakes_a_reader(end: Callable[[EventBouncer, Subscription], None]) -> None:
+    bouncer = EventBouncer()
+    subscription = bouncer.subscribe("a")
+    reader = parked_reader(subscription)
+    end(bouncer, subscription)
+    assert [] == reader.result()
+    assert not bouncer.subscribers
+
+
+def test_fan_out_close_of_a_channel_ends_its_readers_only() -> None:
+    bouncer = EventBouncer()
+    leaving = bouncer.subscribe("ada", "news")
+    staying = bouncer.subscribe("bob", "news")
+    readers = [parked_reader(leaving), parked_reader(staying)]
+    bouncer.close("ada")
+    assert [] == readers[0].result()
+    assert (staying,) == bouncer.subscribers
+    bouncer.broadcast("still here", channel="bob")
+    bouncer.close("bob", "nobody")
+    assert ["still here"] == readers[1].result()
+
+
+def test_fan_out_a_closed_channel_may_be_subscribed_again() -> None:
+    bouncer = EventBouncer()
+    bouncer.close("ada")
+    subscription = bouncer.subscribe("ada")
+    bouncer.broadcast("hi", channel="ada")
+    assert ["hi"] == held(subscription)
+
+
+def test_fan_out_close_is_final_and_harmless_twice() -> None:
+    bouncer = EventBouncer()
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("held")
+    bouncer.close()
+    bouncer.close()
+    bouncer.broadcast("too late")
+    assert ["held"] == datas(list(subscription))
+    with pytest.raises(EventBouncer.Refused, match="closed"):
+        bouncer.subscribe()
+
+
+def test_fan_out_max_subscribers() -> None:
+    bouncer = EventBouncer(max_subscribers=1)
+    with bouncer.subscribe():
+        with pytest.raises(EventBouncer.Refused, match="max_subscribers=1"):
+            bouncer.subscribe()
+    assert bouncer.subscribe() in bouncer.subscribers
+    assert issubclass(EventBouncer.Refused, RuntimeError)
+
+
+def test_subscription_is_a_queue() -> None:
+    bouncer = EventBouncer(maxsize=2)
+    subscription = bouncer.subscribe()
+    assert (0, True, False, 2) == queue_state(subscription)
+    bouncer.broadcast("a")
+    assert (1, False, False, 2) == queue_state(subscription)
+    bouncer.broadcast("b")
+    assert (2, False, True, 2) == queue_state(subscription)
+    assert ["data: a\n\n", "data: b\n\n"] == [subscription.get(), subscription.get(timeout=1)]
+
+
+def queue_state(subscription: Subscription) -> tuple[int, bool, bool, int]:
+    return (
+        subscription.qsize(),
+        subscription.empty(),
+        subscription.full(),
+        subscription.maxsize,
+    )
+
+
+@pytest.mark.parametrize(
+    "get",
+    [
+        Subscription.get_nowait,
+        lambda subscription: subscription.get(False),
+        lambda subscription: subscription.get(block=False, timeout=9),
+        lambda subscription: subscription.get(timeout=0),
+        lambda subscription: subscription.get(timeout=0.001),
+    ],
+)
+def test_subscription_get_raises_empty(get: Callable[[Subscription], Frame]) -> None:
+    with pytest.raises(queue.Empty):
+        get(EventBouncer().subscribe())
+
+
+def test_subscription_ended_reads_as_a_client_that_left() -> None:
+    """What get raises at the end is a BrokenPipeError with EPIPE, and stays so."""
+    bouncer = EventBouncer()
+    subscription = bouncer.subscribe()
+    bouncer.close()
+    for _ in range(2):
+        with pytest.raises(Subscription.Ended) as caught:
+            subscription.get()
+        assert isinstance(caught.value, BrokenPipeError)
+        assert errno.EPIPE == caught.value.errno
+    with pytest.raises(Subscription.Ended):
+        subscription.get_nowait()
+
+
+def test_subscription_leaves_with_its_block() -> None:
+    bouncer = EventBouncer()
+    with bouncer.subscribe() as subscription:
+        assert (subscription,) == bouncer.subscribers
+        bouncer.broadcast("held")
+    assert not bouncer.subscribers
+    assert ["held"] == datas(list(subscription))
+
+
+def test_subscription_that_nobody_refers_to_is_gone() -> None:
+    bouncer = EventBouncer()
+    subscription = bouncer.subscribe("a")
+    del subscription
+    gc.collect()
+    assert not bouncer.subscribers
+    assert 0 == bouncer.stats()["subscribers"]
+
+
+def test_subscription_of_a_generator_closed_in_the_middle_is_gone() -> None:
+    """A view's own ``while True: yield messages.get()`` leaves nothing behind."""
+    bouncer = EventBouncer()
+
+    def stream() -> Iterator[Frame]:
+        messages = bouncer.subscribe()
+        while True:
+            yield messages.get()
+
+    generator = stream()
+    reader = Task(lambda: next(generator))
+    reader.wait_until_parked()
+    bouncer.broadcast("hi")
+    assert "data: hi\n\n" == reader.result()
+    assert 1 == len(bouncer.subscribers)
+    del reader
+    generator.close()  # type: ignore[attr-defined]
+    gc.collect()
+    assert not bouncer.subscribers
+
+
+def test_unsubscribe_twice_is_harmless() -> None:
+    bouncer = EventBouncer()
+    subscription = bouncer.subscribe()
+    bouncer.unsubscribe(subscription)
+    bouncer.unsubscribe(subscription)
+    assert not bouncer.subscribers
+
+
+def test_fan_out_in_a_forked_child() -> None:
+    """A child starts with no subscribers, locks that are free, and parents unharmed."""
+    code = """
+import os, threading
+from sse_bouncer import EventBouncer
+bouncer = EventBouncer()
+subscription = bouncer.subscribe()
+publisher = threading.Thread(target=lambda: [bouncer.broadcast(n) for n in range(17)])
+publisher.start()  # its last broadcast waits for room, with the bouncer's state half way
+while not subscription.full():
+    pass
+pid = os.fork()
+if pid == 0:
+    assert bouncer.subscribers == ()
+    with bouncer.subscribe() as own:
+        bouncer.broadcast("child")
+        assert own.get(timeout=10) == "data: child\\n\\n"
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+publisher.join()
+assert len(list(subscription)) == 16
+print("parent too")
+"""
+    if not hasattr(os, "fork"):
+        pytest.skip("this platform has no fork")
+    finished = run_python(code, PYTHONWARNINGS="ignore::DeprecationWarning")
+    assert ("parent too\n", "") == (finished.stdout, finished.stderr)
+
+
+# Everything the public API refuses: the call, the error, the argument its message must begin with,
+# and how it shows what was given.
+BOUNCER = EventBouncer()
+REFUSED: list[tuple[Callable[[], object], type[Exception], str, str]] = [
+    (lambda: format_sse(), ValueError, "data", "None"),
+    (lambda: format_sse(event=""), ValueError, "data", "None"),
+    (lambda: format_sse(b"\xff"), ValueError, "data", r"b'\xff'"),
+    (lambda: format_sse("\ud800"), ValueError, "data", r"'\ud800'"),
+    (lambda: format_sse(math.nan), ValueError, "data", "nan"),
+    (lambda: format_sse([math.inf]), ValueError, "data", "[inf]"),
+    (lambda: format_sse({"n": -math.inf}), ValueError, "data", "{'n': -inf}"),
+    (lambda: format_sse({1, 2}), TypeError, "data", "{1, 2}"),
+    (lambda: format_sse(object()), TypeError, "data", "<object object"),
+    (lambda: format_sse(circular()), ValueError, "data", "[[...]]"),
+    (lambda: format_sse(format_sse("x"), "greet"), ValueError, "data", r"'data: x\n\n'"),
+    (lambda: format_sse(format_sse("x"), id=1), ValueError, "data", r"'data: x\n\n'"),
+    (lambda: format_sse(format_sse("x"), retry=1), ValueError, "data", r"'data: x\n\n'"),
+    (lambda: format_sse(format_sse("x"), comment="c"), ValueError, "data", r"'data: x\n\n'"),
+    (lambda: format_sse("x", "a\nb"), ValueError, "event", r"'a\nb'"),
+    (lambda: format_sse("x", "a\rdata: evil"), ValueError, "event", r"'a\rdata: evil'"),
+    (lambda: format_sse("x", "a\0b"), ValueError, "event", r"'a\x00b'"),
+    (lambda: format_sse("x", "\ud800"), ValueError, "event", r"'\ud800'"),
+    (lambda: format_sse("x", 5), TypeError, "event", "5"),  # type: ignore[arg-type]
+    (lambda: format_sse("x", b"a"), TypeError, "event", "b'a'"),  # type: ignore[arg-type]
+    (lambda: format_sse("x", id="1\n\ndata: evil"), ValueError, "id", r"'1\n\ndata: evil'"),
+    (lambda: format_sse("x", id="1\r"), ValueError, "id", r"'1\r'"),
+    (lambda: format_sse("x", id="1\0"), ValueError, "id", r"'1\x00'"),
+    (lambda: format_sse("x", id="\udfff"), ValueError, "id", r"'\udfff'"),
+    (lambda: format_sse("x", id=1.5), TypeError, "id", "1.5"),  # type: ignore[arg-type]
+    (lambda: format_sse("x", id=True), TypeError, "id", "True"),
+    (lambda: format_sse("x", retry=-1), ValueError, "retry", "-1"),
+    (lambda: format_sse("x", retry=1.5), TypeError, "retry", "1.5"),  # type: ignore[arg-type]
+    (lambda: format_sse("x", retry=True), TypeError, "retry", "True"),
+    (lambda: format_sse("x", retry="9"), TypeError, "retry", "'9'"),  # type: ignore[arg-type]
+    (lambda: format_sse("x", comment="\ud800"), ValueError, "comment", r"'\ud800'"),
+    (lambda: format_sse("x", comment=5), TypeError, "comment", "5"),  # type: ignore[arg-type]
+    (lambda: Frame("data: x\n"), ValueError, "frame", r"'data: x\n'"),
+    (lambda: Frame("data: x\r\n"), ValueError, "frame", r"'data: x\r\n'"),
+    (lambda: Frame(""), ValueError, "frame", "''"),
+    (lambda: Frame("data: \ud800\n\n"), ValueError, "frame", r"'data: \ud800\n\n'"),
+    (lambda: Frame(b"data: x\n\n"), TypeError, "frame", "b'data"),  # type: ignore[arg-type]
+    (lambda: EventBouncer(0), ValueError, "maxsize", "0"),
+    (lambda: EventBouncer(-1), ValueError, "maxsize", "-1"),
+    (lambda: EventBouncer(1.5), TypeError, "maxsize", "1.5"),  # type: ignore[arg-type]
+    (lambda: EventBouncer(True), TypeError, "maxsize", "True"),
+    (lambda: EventBouncer(None), TypeError, "maxsize", "None"),  # type: ignore[arg-type]
+    (lambda: EventBouncer(heartbeat=0), ValueError, "heartbeat", "0"),
+    (lambda: EventBouncer(heartbeat=-1), ValueError, "heartbeat", "-1"),
+    (lambda: EventBouncer(heartbeat=math.nan), ValueError, "heartbeat", "nan"),
+    (lambda: EventBouncer(heartbeat=math.inf), ValueError, "heartbeat", "inf"),
+    (lambda: EventBouncer(heartbeat=True), TypeError, "heartbeat", "True"),
+    (lambda: EventBouncer(heartbeat="1"), TypeError, "heartbeat", "'1'"),  # type: ignore[arg-type]
+    (lambda: EventBouncer(retry=-1), ValueError, "retry", "-1"),
+    (lambda: EventBouncer(retry=True), TypeError, "retry", "True"),
+    (lambda: EventBouncer(retry=1.5), TypeError, "retry", "1.5"),  # type: ignore[arg-type]
+    (lambda: EventBouncer(retry=(2, 1)), ValueError, "retry", "(2, 1)"),
+    (lambda: EventBouncer(retry=(-1, 1)), ValueError, "retry", "-1"),
+    (lambda: EventBouncer(retry=(1,)), ValueError, "retry", "(1,)"),  # type: ignore[arg-type]
+    (lambda: EventBouncer(max_subscribers=0), ValueError, "max_subscribers", "0"),
+    (lambda: EventBouncer(max_subscribers=True), TypeError, "max_subscribers", "True"),
+    (lambda: BOUNCER.subscribe(""), ValueError, "channel", "''"),
+    (lambda: BOUNCER.subscribe("a", 5), TypeError, "channel", "5"),  # type: ignore[arg-type]
+    (lambda: BOUNCER.subscribe(["a"]), TypeError, "channel", "['a']"),  # type: ignore[arg-type]
+    (lambda: BOUNCER.subscribe(last_event_id=5), TypeError, "last_event_id", "5"),  # type: ignore[arg-type]
+    (lambda: BOUNCER.broadcast(None), ValueError, "data", "None"),
+    (lambda: BOUNCER.broadcast("x", "a\nb"), ValueError, "event", r"'a\nb'"),
+    (lambda: BOUNCER.broadcast("x", id="\n"), ValueError, "id", r"'\n'"),
+    (lambda: BOUNCER.broadcast("x", retry=-1), ValueError, "retry", "-1"),
+    (lambda: BOUNCER.broadcast(format_sse("x"), "a"), ValueError, "data", r"'data: x\n\n'"),
+    (lambda: BOUNCER.broadcast("x", channel=""), ValueError, "channel", "''"),
+    (lambda: BOUNCER.broadcast("x", channel=5), TypeError, "channel", "5"),  # type: ignore[arg-type]
+    (lambda: BOUNCER.close(""), ValueError, "channel", "''"),
+    (lambda: BOUNCER.close(5), TypeError, "channel", "5"),  # type: ignore[arg-type]
+    (lambda: BOUNCER.unsubscribe("x"), TypeError, "subscription", "'x'"),  # type: ignore[arg-type]
+    (lambda: BOUNCER.unsubscribe(EventBouncer().subscribe()), ValueError, "subscription", "<Subs"),
+    (lambda: BOUNCER.subscribe().get(timeout=-1), ValueError, "timeout", "-1"),
+    (lambda: BOUNCER.subscribe().get(timeout=math.nan), ValueError, "timeout", "nan"),
+    (lambda: sse_response("data"), TypeError, "source", "'data'"),
+    (lambda: sse_response(b"data"), TypeError, "source", "b'data'"),
+    (lambda: sse_response({"n": 1}), TypeError, "source", "{'n': 1}"),
+    (lambda: sse_response(5), TypeError, "source", "5"),  # type: ignore[arg-type]
+    (lambda: sse_response(None), TypeError, "source", "None"),  # type: ignore[arg-type]
+    (lambda: sse_response([], status=True), TypeError, "status", "True"),
+    (lambda: sse_response([], status=100), ValueError, "status", "100"),
+    *[
+        (lambda name=name: sse_response([], headers={name: "x"}), ValueError, "headers", name)
+        for name in ("Connection", "connection", "Content-Length", "Transfer-Encoding", "Upgrade")
+    ],
+    (
+        lambda: sse_response([], headers={"Content-Type": "text/html"}),
+        ValueError,
+        "headers",
+        "'text/html'",
+    ),
+]
+
+
+def circular() -> list[object]:
+    """A list that holds itself, which JSON cannot say."""
+    items: list[object] = []
+    items.append(items)
+    return items
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "argument", "given"),
+    REFUSED,
+    ids=[f"{argument}-{ascii(given)}" for _, _, argument, given in REFUSED],
+)
+def test_bad_input_is_refused(
+    call: Callable[[], object], error: type[Exception], argument: str, given: str
+) -> None:
+    """The message names the argument, states what was expected and shows what was given."""
+    with pytest.raises(error) as caught:
+        call()
+    assert error is type(caught.value)
+    assert re.match(f"{argument}: expected .+ got .*{re.escape(given)}", str(caught.value))
+
+
+def test_bad_input_reaches_nobody() -> None:
+    """A broadcast that is refused loses nothing of what others send, and ends nobody's stream."""
+    bouncer = EventBouncer()
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("before")
+    for bad in (math.nan, "\ud800", None, object()):
+        with pytest.raises((ValueError, TypeError)):
+            bouncer.broadcast(bad)
+    bouncer.broadcast("after")
+    assert ["before", "after"] == held(subscription)
+
+
+def test_bad_input_is_shown_in_short() -> None:
+    """A message stays readable, whatever the size of what was given."""
+    with pytest.raises(TypeError) as caught:
+        format_sse({"key": ["x" * 10**6, object()]})
+    assert len(str(caught.value)) < 500
+
+
+# =================================================================================================
+# 3. RESPONSE
+# =================================================================================================
+
+
+def app_of(view: Callable[[], Any]) -> flask.Flask:
+    """An app with ``view`` at ``/``."""
+    app = flask.Flask("test")
+    app.add_url_rule("/", "view", view)
+    return app
+
+
+def call(app: flask.Flask, method: str = "GET") -> Any:
+    """Call the app as a server does, and return the body: not iterated, not closed."""
+    return app(create_environ("/", method=method), lambda status, headers, exc_info=None: bytes)
+
+
+HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache, no-store, no-transform",
+    "x-accel-buffering": "no",
+}
+
+
+def test_response_headers() -> None:
+    bouncer = EventBouncer()
+    with app_of(bouncer.stream).test_client().get("/") as response:
+        assert HEADERS == {name.lower(): value for name, value in response.headers.items()}
+        assert 200 == response.status_code
+
+
+def test_response_status_and_headers_of_ones_own() -> None:
+    app = app_of(
+        lambda: sse_response(["x"], status=202, headers={"X-Mine": "1", "cache-control": "private"})
+    )
+    response = app.test_client().get("/")
+    expected = {**HEADERS, "x-mine": "1", "cache-control": "private"}
+    assert expected == {name.lower(): value for name, value in response.headers.items()}
+    assert 202 == response.status_code
+
+
+def test_response_leaves_the_callers_headers_alone() -> None:
+    headers = {"X-Mine": "1"}
+    with app_of(lambda: sse_response(["x"], headers=headers)).test_client().get("/"):
+        assert {"X-Mine": "1"} == headers
+
+
+def test_response_does_not_hang_the_test_client() -> None:
+    """The client returns before the first event, and each event can be had when it is sent."""
+    bouncer = EventBouncer()
+    with app_of(bouncer.stream).test_client().get("/") as response:
+        body = iter(response.response)
+        assert b":\n" == next(body)
+        bouncer.broadcast("hi", "greet")
+        assert b"event: greet\ndata: hi\n\n" == next(body)
+        assert 1 == len(bouncer.subscribers)
+    assert not bouncer.subscribers
+
+
+def test_response_ends_when_the_bouncer_closes() -> None:
+    bouncer = EventBouncer()
+    with app_of(bouncer.stream).test_client().get("/") as response:
+        bouncer.broadcast("held")
+        bouncer.close()
+        assert b":\ndata: held\n\n" == response.data
+
+
+def test_response_has_heartbeats_while_nothing_happens() -> None:
+    bouncer = EventBouncer(heartbeat=0.001)
+    with app_of(bouncer.stream).test_client().get("/") as response:
+        body = iter(response.response)
+        assert [b":\n", b":\n", b":\n"] == [next(body) for _ in range(3)]
+        bouncer.broadcast("hi", id=1)
+        wait_until(lambda: next(body) == b"id: 1\ndata: hi\n\n", "the event among the heartbeats")
+        assert b":\n" == next(body)
+
+
+def test_response_streams_a_subscription() -> None:
+    """sse_response(subscription) is the same stream as stream(), for a route with its own ideas."""
+    bouncer = EventBouncer(retry=5)
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("hi")
+    with app_of(lambda: sse_response(subscription)).test_client().get("/") as response:
+        bouncer.close()
+        assert b"retry: 5\ndata: hi\n\n" == response.data
+
+
+def test_response_stream_of_channels() -> None:
+    bouncer = EventBouncer()
+    with app_of(lambda: bouncer.stream("a", "b")).test_client().get("/") as response:
+        for channel in ("a", "c", "b", None):
+            bouncer.broadcast(str(channel), channel=channel)
+        bouncer.close()
+        assert b":\ndata: a\n\ndata: b\n\ndata: None\n\n" == response.data
+
+
+def opening(bouncer: EventBouncer) -> bytes:
+    with app_of(bouncer.stream).test_client().get("/") as response:
+        return next(response.iter_encoded())
+
+
+@pytest.mark.parametrize(
+    ("retry", "expected"), [(None, b":\n"), (0, b"retry: 0\n"), (1500, b"retry: 1500\n")]
+)
+def test_response_opening(retry: int | None, expected: bytes) -> None:
+    """A stream opens with a line that is no block of its own: a block would be a phantom event."""
+    assert expected == opening(EventBouncer(retry=retry))
+
+
+def test_response_retry_is_spread_over_its_range() -> None:
+    bouncer = EventBouncer(retry=(10**6, 10**9))
+    opened = [re.fullmatch(rb"retry: ([0-9]+)\n", opening(bouncer)) for _ in range(20)]
+    values = {int(match[1]) for match in opened if match}
+    assert len(values) > 10
+    assert 10**6 <= min(values) <= max(values) <= 10**9
+
+
+@pytest.mark.parametrize("retry", [None, 700, (700, 700)])
+def test_response_refused_is_told_to_come_back(retry: Any) -> None:
+    """Beyond max_subscribers the answer is 200, a retry and the end: no event, no 503."""
+    bouncer = EventBouncer(max_subscribers=1, retry=retry)
+    with bouncer.subscribe():
+        response = app_of(bouncer.stream).test_client().get("/")
+    parser = Parser()
+    assert (200, []) == (response.status_code, parser.feed(response.data))
+    assert re.fullmatch(rb"retry: [0-9]+\n: [^\n]+\n", response.data)
+    assert parser.retry == 700 if retry else parser.retry is not None and parser.retry >= 1000
+    assert HEADERS["content-type"] == response.headers["Content-Type"]
+
+
+def test_response_after_close_is_told_to_come_back() -> None:
+    bouncer = EventBouncer(retry=9)
+    bouncer.close()
+    assert app_of(bouncer.stream).test_client().get("/").data.startswith(b"retry: 9\n: ")
+
+
+def test_response_of_a_generator_is_its_items_and_nothing_else() -> None:
+    def items() -> Iterator[object]:
+        yield "a\nb"
+        yield format_sse("c", "greet")
+        yield {"n": 1}
+        yield b"bytes"
+        yield ""
+
+    expected = "data: a\ndata: b\n\nevent: greet\ndata: c\n\n" 'data: {"n": 1}\n\n'
+    expected += "data: bytes\n\ndata: \n\n"
+    assert expected == app_of(lambda: sse_response(items())).test_client().get("/").text
+
+
+@pytest.mark.parametrize("source", [["a", "b"], ("a", "b"), map(str, ["a", "b"]), deque("ab")])
+def test_response_of_any_iterable(source: Any) -> None:
+    body = app_of(lambda: sse_response(source)).test_client().get("/").text
+    assert "data: a\n\ndata: b\n\n" == body
+
+
+def test_response_of_nothing_is_empty() -> None:
+    assert b"" == app_of(lambda: sse_response([])).test_client().get("/").data
+
+
+def test_response_items_by_the_apps_json_provider() -> None:
+    """A generator's dates go as in jsonify, though its app context has ended when it runs."""
+    day = datetime.date(2030, 1, 2)
+    app = app_of(lambda: sse_response([day]))
+    assert f"data: {app.json.dumps(day)}\n\n" == app.test_client().get("/").text
+
+
+def test_response_leaves_out_what_cannot_be_formatted(caplog: pytest.LogCaptureFixture) -> None:
+    """One bad item is logged, and the stream goes on."""
+    app = app_of(lambda: sse_response(["a", math.nan, None, "\ud800", "b"]))
+    assert "data: a\n\ndata: b\n\n" == app.test_client().get("/").text
+    assert [("sse_bouncer", logging.ERROR)] * 3 == [
+        (record.name, record.levelno) for record in caplog.records
+    ]
+    assert "nan" in caplog.messages[0]
+
+
+def test_response_raises_what_the_generator_raises() -> None:
+    """The server hears of it as of any view's error, and the generator has cleaned up."""
+    cleaned = []
+
+    def items() -> Iterator[str]:
+        try:
+            yield "a"
+            raise LookupError("broken")
+        finally:
+            cleaned.append(True)
+
+    read = []
+    with app_of(lambda: sse_response(items())).test_client().get("/") as response:
+        with pytest.raises(LookupError, match="broken"):
+            for part in response.response:
+                read.append(part)
+    assert (b"data: a\n\n", [True]) == (b"".join(read), cleaned)  # type: ignore[arg-type]
+
+
+class Source:
+    """An iterable with a close, that keeps count."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a", "b"])
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("items", [0, 1, 2, 3])
+def test_response_closes_its_source(items: int) -> None:
+    """However far the body was read, closing it closes the source, once."""
+    source = Source()
+    body = call(app_of(lambda: sse_response(source)))
+    list(itertools.islice(body, items))
+    assert 0 == source.closed
+    body.close()
+    assert 1 == source.closed
+
+
+def test_response_to_head_closes_its_source() -> None:
+    source = Source()
+    response = app_of(lambda: sse_response(source)).test_client().head("/")
+    response.close()
+    assert (1, b"") == (source.closed, response.data)
+
+
+def test_response_to_head_subscribes_nobody() -> None:
+    bouncer = EventBouncer(max_subscribers=1)
+    app = app_of(bouncer.stream)
+    body = call(app, "HEAD")
+    assert not bouncer.subscribers
+    body.close()
+    with app.test_client().head("/") as response:
+        assert HEADERS == {name.lower(): value for name, value in response.headers.items()}
+    assert 0 == bouncer.stats()["refused"]
+
+
+@pytest.mark.parametrize("items", [0, 1, 2])
+@pytest.mark.parametrize("closes", [True, False], ids=["closed", "forgotten"])
+def test_response_releases_its_subscription(items: int, closes: bool) -> None:
+    """Never iterated, or left in the middle, closed or just forgotten, as the development server
+    forgets the body when its client resets: nothing is left."""
+    bouncer = EventBouncer()
+    body = call(app_of(bouncer.stream))
+    bouncer.broadcast("hi")
+    iterator = iter(body)
+    for _ in range(items):
+        next(iterator)
+    assert 1 == len(bouncer.subscribers)
+    if closes:
+        body.close()
+    else:
+        del body, iterator
+        gc.collect()
+    assert not bouncer.subscribers
+
+
+def test_response_that_the_view_throws_away_releases_its_subscription() -> None:
+    bouncer = EventBouncer()
+
+    def view() -> str:
+        bouncer.stream()
+        return "something else"
+
+    assert "something else" == app_of(view).test_client().get("/").text
+    gc.collect()
+    assert not bouncer.subscribers
+
+
+@pytest.mark.parametrize("handled", [True, False])
+def test_response_of_a_view_that_fails_releases_its_subscription(handled: bool) -> None:
+    """At once, though a log handler keeps the traceback, and so the view's variables."""
+    bouncer = EventBouncer()
+    kept: list[BaseException] = []
+
+    def view() -> Any:
+        subscription = bouncer.subscribe()
+        if subscription:
+            raise LookupError("no such thing")
+
+    def keep(error: LookupError) -> tuple[str, int]:
+        kept.append(error)
+        if handled:
+            return "sorry", 404
+        raise error
+
+    app = app_of(view)
+    app.register_error_handler(LookupError, keep)
+    assert app.test_client().get("/").status_code == (404 if handled else 500)
+    assert kept and kept[0].__traceback__
+    assert not bouncer.subscribers
+
+
+def test_response_of_a_view_that_keeps_its_subscription_stays() -> None:
+    """A subscription made in a request that went well may be kept beyond it."""
+    bouncer = EventBouncer()
+    kept: list[Subscription] = []
+
+    def view() -> str:
+        kept.append(bouncer.subscribe())
+        return "ok"
+
+    assert "ok" == app_of(view).test_client().get("/").text
+    assert tuple(kept) == bouncer.subscribers
+
+
+def test_response_uses_the_apps_response_class() -> None:
+    class Response(flask.Response):
+        pass
+
+    app = app_of(lambda: sse_response(["a"]))
+    app.response_class = Response
+    with app.test_request_context():
+        assert isinstance(app.dispatch_request(), Response)
+
+
+# =================================================================================================
+# SERVERS
+#
+# The same promises under the development server, gunicorn's three kinds of worker, and waitress.
+# =================================================================================================
+
+HOLD_HEADERS_BACK = {"waitress"}  # until there is something of the body
+
+generators = pytest.mark.parametrize("remote", ["served"], indirect=True)  # are always served
+
+
+def test_server_sends_the_headers_at_once(remote: Callable[..., Remote]) -> None:
+    """EventSource fires onopen before the first event: there is none in this stream."""
+    client = remote().client()
+    client.wait_until(lambda: bool(client.body), "the opening")
+    assert b":\n" == client.body
+    assert 200 == client.status
+    assert HEADERS.items() <= dict(client.headers).items()
+    names = [name for name, _ in client.headers]
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_server_sends_events_in_order_and_to_the_byte(remote: Callable[..., Remote]) -> None:
+    bouncer = remote(retry=1234)
+    client = bouncer.client()
+    rows = [row for row in FRAMES if {"data"} == set(row[0]) and isinstance(row[0]["data"], str)]
+    for start in range(0, len(rows), 16):  # no more at a time than the queue holds
+        bouncer.broadcast(*[given["data"] for given, _, _ in rows[start : start + 16]])
+    bouncer.close()
+    assert [event for _, _, read in rows for event in read] == client.wait_end()
+    assert client.whole
+    assert "".join(["retry: 1234\n", *[sent for _, sent, _ in rows]]).encode() == client.body
+
+
+def test_server_sends_heartbeats(remote: Callable[..., Remote]) -> None:
+    client = remote(heartbeat=0.05).client()
+    client.wait_until(lambda: len(client.body) >= 8, "three heartbeats")
+    assert b":\n" * 4 == client.body[:8]
+
+
+@pytest.mark.parametrize("leave", [Client.close, Client.reset])
+def test_server_notices_a_leaver_by_the_next_heartbeat(
+    remote: Callable[..., Remote], leave: Callable[[Client], None]
+) -> None:
+    bouncer = remote(heartbeat=0.1)
+    client = bouncer.client()
+    client.wait_until(lambda: bool(client.body), "the opening")
+    leave(client)
+    bouncer.wait_until_left()
+
+
+def test_server_keeps_no_descriptor_of_leavers(remote: Callable[..., Remote]) -> None:
+    """However clients leave, the server has as many descriptors as it had."""
+    bouncer = remote(heartbeat=0.05)
+    server = bouncer.server
+    before: list[int] = []
+    for leave in [Client.close, Client.reset] * 5:
+        client = bouncer.client()
+        client.wait_until(lambda client=client: bool(client.body), "the opening")  # type: ignore[misc]
+        leave(client)
+        bouncer.wait_until_left()
+        before = before or [server.count("fd")]  # with what the first stream ever has set up
+    wait_until(lambda: server.count("fd") <= before[0], "the descriptors are closed")
+
+
+def test_server_notices_a_client_that_never_read(remote: Callable[..., Remote]) -> None:
+    bouncer = remote(heartbeat=0.1)
+    bouncer.client().reset()
+    bouncer.wait_until_left()
+
+
+def test_server_ends_a_stream_that_is_closed(remote: Callable[..., Remote]) -> None:
+    """What was sent arrives whole, and the end of the body is a proper one."""
+    bouncer = remote()
+    client = bouncer.client("?channel=ada")
+    bouncer.broadcast("to ada", channel="ada")
+    bouncer.close("?channel=ada")
+    assert [Event("to ada")] == client.wait_end()
+    assert client.whole
+
+
+def test_server_burst_drops_nobody_who_keeps_up(remote: Callable[..., Remote]) -> None:
+    """A route that broadcasts a thousand events in a loop loses no reader."""
+    bouncer = remote()
+    clients = [bouncer.client() for _ in range(bouncer.readers)]
+    readers = [Task(lambda c=c: c.events(1000)) for c in clients]  # type: ignore[misc]
+    bouncer.server.post(f"/burst/{bouncer.name}/1000")
+    expected = [Event(str(number)) for number in range(1000)]
+    for reader in readers:
+        assert expected == reader.result()
+    assert 0 == bouncer.stats()["dropped"]
+
+
+def test_server_drops_who_stops_reading(remote: Callable[..., Remote]) -> None:
+    """A stalled client gets what was held for it and then the end; others lose nothing."""
+    bouncer = remote()
+    stalled = bouncer.client(receive_buffer=4096)
+    others = [bouncer.client() for _ in range(min(bouncer.readers - 1, 2))]
+    for first in range(0, 450, 15):  # in portions below maxsize, so that others do keep up
+        bouncer.server.post(f"/burst/{bouncer.name}/15?size=65536&first={first}")
+        for other in others:
+            assert list(range(first, first + 15)) == [int(e.data) for e in other.events(15)]
+    wait_until(lambda: bouncer.stats()["dropped"] == 1, "the stalled client is dropped")
+    bouncer.broadcast("last")
+    assert [Event("last")] * len(others) == [other.event() for other in others]
+    numbers = [int(event.data) for event in stalled.wait_end()]
+    assert list(range(len(numbers))) == numbers
+    assert stalled.whole
+    assert len(numbers) >= 16
+
+
+def test_server_head_subscribes_nobody(remote: Callable[..., Remote]) -> None:
+    bouncer = remote(max_subscribers=1)
+    client = bouncer.server.client(f"/subscribe/{bouncer.name}", method="HEAD")
+    assert 200 == client.status
+    assert HEADERS.items() <= dict(client.headers).items()
+    client.close()
+    bouncer.wait_until_left()
+    assert 0 == bouncer.stats()["refused"]
+
+
+@pytest.mark.parametrize(("path", "status"), [("/fail/", 500), ("/discard/", 200)])
+def test_server_releases_what_never_became_a_stream(
+    remote: Callable[..., Remote], path: str, status: int
+) -> None:
+    """A view that raises after subscribing, or that answers with something else."""
+    bouncer = remote()
+    for _ in range(3):
+        client = bouncer.server.client(path + bouncer.name)
+        assert status == client.status
+        client.close()
+    bouncer.wait_until_left()
+
+
+@generators
+@pytest.mark.parametrize("leave", [Client.close, Client.reset])
+def test_server_runs_a_generators_finally(
+    remote: Callable[..., Remote], leave: Callable[[Client], None]
+) -> None:
+    bouncer = remote()
+    bouncer.server.post(f"/open/{bouncer.name}")
+    client = bouncer.server.client(f"/generate/{bouncer.name}")
+    assert [Event("0"), Event("1"), Event("2")] == client.events(3)
+    assert not bouncer.stats()["ended"]
+    leave(client)
+    wait_until(lambda: bouncer.stats()["ended"], "the generator's finally runs")
+
+
+@generators
+def test_server_sends_a_generators_headers_before_its_first_item(
+    remote: Callable[..., Remote]
+) -> None:
+    bouncer = remote()
+    client = bouncer.server.client(f"/generate/{bouncer.name}")
+    if bouncer.server.kind not in HOLD_HEADERS_BACK:
+        assert (200, b"") == (client.status, bytes(client.body))
+    bouncer.server.post(f"/open/{bouncer.name}")
+    assert Event("0") == client.event()
+    assert client.body.startswith(b"data: 0\n\n")
+
+
+# =================================================================================================
+# WAYS TO USE IT
+#
+# What people bring along from the blog posts, the example (push from a route, the progress of long
+# work, named events, counting subscribers), and the other ways of the field.
+# =================================================================================================
+
+# The app of the blog posts, with its class and function imported, and below it what the test needs.
+BLOG_POST = '''
+import flask
+from sse_bouncer import EventBouncer as MessageAnnouncer, format_sse
+
+app = flask.Flask(__name__)
+bouncer = MessageAnnouncer()
+
+@app.route("/publish", methods=["POST"])
+def publish():
+    data = flask.request.get_data(as_text=True)
+    bouncer.broadcast(msg=format_sse(data=data))
+    return {}, 200
+
+@app.route("/subscribe", methods=["GET"])
+def subscribe():
+    def stream():
+        messages = bouncer.subscribe()
+        while True:
+            msg = messages.get()
+            yield msg
+
+    return flask.Response(stream(), mimetype="text/event-stream")
+
+@app.route("/stats")
+def stats():
+    return bouncer.stats()
+
+@app.route("/end", methods=["POST"])
+def end():
+    for subscription in bouncer.subscribers:
+        bouncer.unsubscribe(subscription)
+    return {}
+
+if __name__ == "__main__":
+    app.run(debug=True)
+'''
+
+
+@pytest.fixture(scope="module", params=["script", "development", "gthread"])
+def blog_post(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """The app from the blog posts: ``app.run(debug=True)``, ``flask run``, gunicorn."""
+    with serve(request.param, BLOG_POST) as server:
+        yield server
+
+
+def blog_post_client(server: Server, **options: Any) -> Client:
+    """Subscribe. The view does so when its generator starts, so wait for that."""
+    before = server.get("/stats")["subscribers"]
+    client = server.client("/subscribe", **options)
+    wait_until(lambda: server.get("/stats")["subscribers"] > before, "the generator starts")
+    return client
+
+
+def test_blog_post_publishes(blog_post: Server) -> None:
+    clients = [blog_post_client(blog_post) for _ in range(3)]
+    blog_post.post("/publish", b"a\nb")
+    assert [Event("a\nb")] * 3 == [client.event() for client in clients]
+    assert ("content-type", "text/event-stream; charset=utf-8") in clients[0].headers
+
+
+@pytest.mark.parametrize("leave", [Client.close, Client.reset])
+def test_blog_post_client_leaves(blog_post: Server, leave: Callable[[Client], None]) -> None:
+    """Nothing tells a plain generator that its client left but a write that fails: the second."""
+    staying, leaving = blog_post_client(blog_post), blog_post_client(blog_post)
+    before = blog_post.get("/stats")["subscribers"]
+    leave(leaving)
+
+    def left() -> bool:
+        blog_post.post("/publish", b"x")
+        return bool(blog_post.get("/stats")["subscribers"] < before)
+
+    wait_until(left, "the leaver is noticed")
+    assert Event("x") == staying.event()
+
+
+def test_blog_post_streams_end(blog_post: Server) -> None:
+    """A hand-written view's stream ends with what was held, and without a traceback."""
+    client = blog_post_client(blog_post)
+    blog_post.post("/publish", b"last")
+    blog_post.post("/end")
+    assert [Event("last")] == client.wait_end()
+    forgive_debugger(blog_post, "ended: unsubscribed")
+
+
+def test_blog_post_stream_ends_when_dropped(blog_post: Server) -> None:
+    """A client that stopped reading gets what was held, and is not left with a silent stream."""
+    dropped = blog_post.get("/stats")["dropped"]
+    stalled = blog_post_client(blog_post, receive_buffer=4096)
+
+    def was_dropped() -> bool:
+        blog_post.post("/publish", b"x" * 2**18)
+        return bool(blog_post.get("/stats")["dropped"] > dropped)
+
+    wait_until(was_dropped, "the stalled client is dropped")
+    assert {Event("x" * 2**18)} == set(stalled.wait_end())
+    forgive_debugger(blog_post, "ended: dropped")
+
+
+def forgive_debugger(server: Server, why: str) -> None:
+    """``debug=True`` shows whatever a generator raises, also what servers take for a client that
+    left. A plain generator cannot help that; the reason is the last line of what is shown."""
+    if server.kind == "script":
+        server.wait_for_log(f"Subscription.Ended: .* {why}.*\n")
+        server.complaints()
+
+
+# One app with each way of the field in it.
+WAYS = '''
+import functools, itertools, time
+from flask import Flask, Response, abort, g, request
+from sse_bouncer import EventBouncer, format_sse, sse_response
+
+app = Flask(__name__)
+bouncer = EventBouncer()
+
+@app.get("/clock")
+def clock():
+    def ticks():
+        for tick in itertools.count():
+            yield {"tick": tick}
+            time.sleep(0.01)
+    return sse_response(ticks())
+
+@app.get("/square/<int:number>")
+def square(number):
+    def results():
+        yield number * number
+    return sse_response(results())
+
+@app.get("/orders")
+def orders():
+    return bouncer.stream("orders")
+
+@app.post("/orders")
+def order():
+    bouncer.broadcast({"id": 7, "items": ["tea"]}, "order", channel="orders", id=7)
+    return {}
+
+TOKENS = {"a": "ada", "b": "bob"}
+
+def logged_in(view):
+    @functools.wraps(view)
+    def checked(*args, **kwargs):
+        g.user = TOKENS.get(request.headers.get("Token")) or abort(403)
+        return view(*args, **kwargs)
+    return checked
+
+@app.get("/inbox")
+@logged_in
+def inbox():
+    return bouncer.stream(g.user)
+
+@app.post("/inbox/<user>")
+@logged_in
+def send(user):
+    bouncer.broadcast({"from": g.user, "text": request.get_data(as_text=True)}, channel=user)
+    return {}
+
+@app.post("/logout")
+@logged_in
+def logout():
+    bouncer.close(g.user)
+    return {}
+
+@app.get("/chat/<room>")
+@logged_in
+def chat(room):
+    bouncer.broadcast({"user": g.user}, "join", channel=room)
+    return bouncer.stream(room)
+
+@app.post("/chat/<room>")
+@logged_in
+def say(room):
+    bouncer.broadcast({"user": g.user, "text": request.get_data(as_text=True)}, channel=room)
+    return {}
+
+PAGE = """
+<script>
+  let events = [], ends = 0;
+  const source = new EventSource(location.hash.slice(1));
+  source.onmessage = (event) => events.push(event.data);
+  source.onerror = () => ends += 1;
+  source.addEventListener("done", (event) => source.close());
+</script>
+"""
+
+@app.get("/")
+def page():
+    return PAGE
+
+@app.get("/ends")
+def ends():
+    return sse_response([format_sse("again", retry=1)])
+
+@app.get("/ends-with-done")
+def ends_with_done():
+    return sse_response([format_sse("once", retry=1), format_sse("", "done")])
+
+served = set()
+
+@app.get("/ends-with-204")
+def ends_with_204():
+    if "204" in served:
+        return "", 204
+    served.add("204")
+    return sse_response([format_sse("once", retry=1)])
+'''
+
+
+@pytest.fixture(scope="module")
+def ways() -> Iterator[Server]:
+    with serve("development", WAYS) as server:
+        yield server
+
+
+def subscribe(server: Server, path: str, **headers: str) -> Client:
+    """Open a bouncer's stream and wait for its opening: from then on nothing is missed."""
+    client = server.client(path, headers=headers)
+    client.wait_until(lambda: bool(client.body), "the opening")
+    return client
+
+
+def test_way_clock(ways: Server) -> None:
+    client = ways.client("/clock")
+    assert [Event(f'{{"tick": {tick}}}') for tick in range(3)] == client.events(3)
+
+
+def test_way_result_of_a_function(ways: Server) -> None:
+    assert [Event("144")] == ways.client("/square/12").wait_end()
+
+
+def test_way_named_event_of_json(ways: Server) -> None:
+    client = subscribe(ways, "/orders")
+    ways.post("/orders")
+    data, type_, id = client.event()
+    assert ("order", "7", {"id": 7, "items": ["tea"]}) == (type_, id, json.loads(data))
+
+
+def test_way_channels_by_the_routes_own_decorators(ways: Server) -> None:
+    """Who is let in is the route's business: a stranger gets no stream, and others' no message."""
+    ada, bob = subscribe(ways, "/inbox", Token="a"), subscribe(ways, "/inbox", Token="b")
+    assert 403 == ways.client("/inbox").status
+    ways.post("/inbox/ada", b"hi", Token="b")
+    ways.post("/inbox/bob", b"hello", Token="a")
+    assert [{"from": "bob", "text": "hi"}] == [json.loads(ada.event().data)]
+    assert [{"from": "ada", "text": "hello"}] == [json.loads(bob.event().data)]
+
+
+def test_way_logout_ends_the_users_streams(ways: Server) -> None:
+    tabs = [subscribe(ways, "/inbox", Token="a") for _ in range(2)]
+    other = subscribe(ways, "/inbox", Token="b")
+    ways.post("/logout", Token="a")
+    assert [[], []] == [tab.wait_end() for tab in tabs]
+    ways.post("/inbox/bob", b"still here", Token="b")
+    assert "still here" == json.loads(other.event().data)["text"]
+
+
+def test_way_chat(ways: Server) -> None:
+    """Joins and messages with the user's name, to those in the room."""
+    ada = subscribe(ways, "/chat/lobby", Token="a")
+    bob = subscribe(ways, "/chat/lobby", Token="b")
+    assert Event('{"user": "bob"}', "join") == ada.event()
+    ways.post("/chat/elsewhere", b"not for you", Token="b")
+    ways.post("/chat/lobby", b"hi", Token="b")
+    assert [{"user": "bob", "text": "hi"}] * 2 == [json.loads(c.event().data) for c in (ada, bob)]
+
+
+def test_browser_reconnects_when_a_stream_ends(ways: Server, browser: Browser) -> None:
+    browser.go(f"http://127.0.0.1:{ways.port}/#ends")
+    browser.wait_until("events.length >= 3")
+
+
+@pytest.mark.parametrize("path", ["ends-with-done", "ends-with-204"])
+def test_browser_is_told_that_a_stream_ended_for_good(
+    ways: Server, browser: Browser, path: str
+) -> None:
+    """The two cures: an event at which the page closes, or 204 to the reconnect."""
+    browser.go(f"http://127.0.0.1:{ways.port}/?{path}#{path}")
+    browser.wait_until("source.readyState === EventSource.CLOSED")
+    assert ["once"] == browser.run("return events")
+
+
+EXAMPLE = (ROOT / "example_app.py").read_text("utf-8")
+
+
+@pytest.fixture(scope="module", params=["script", "development", "gthread"])
+def example(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """The example by ``python example_app.py``, ``flask run`` and gunicorn."""
+    with serve(request.param, EXAMPLE, app="example_app") as server:
+        yield server
+
+
+def test_example_publishes(example: Server) -> None:
+    """What the second terminal of its docstring posts, the first one shows."""
+    client = subscribe(example, "/subscribe")
+    example.post("/publish", b"Hey!")
+    example.post("/publish?event=cheer", b"Ada")
+    received = [(event.data, event.type) for event in client.events(2)]
+    assert [("Hey!", "message"), ("Ada", "cheer")] == received
+
+
+@pytest.mark.parametrize(("path", "body"), [("", b""), ("", b"\xff"), ("?event=a%0Ab", b"x")])
+def test_example_refuses_bad_input(example: Server, path: str, body: bytes) -> None:
+    with pytest.raises(RefusedRequest, match="400.*expected"):
+        example.post("/publish" + path, body)
+
+
+def test_example_progress(example: Server) -> None:
+    steps = [json.loads(event.data) for event in example.client("/progress").events(3)]
+    assert [{"stamped": step, "total": 40} for step in range(3)] == steps
+
+
+def test_example_stats(example: Server) -> None:
+    before = example.get("/stats")["subscribers"]
+    subscribe(example, "/subscribe")
+    assert before + 1 == example.get("/stats")["subscribers"]
+
+
+@pytest.mark.parametrize("example", ["script"], indirect=True)
+def test_example_page(example: Server, browser: Browser) -> None:
+    """The page goes live, publishes by its form, shows it in the feed, and runs the long work."""
+    browser.go(f"http://127.0.0.1:{example.port}/")
+    browser.wait_until("document.getElementById('state').textContent === 'Live'")
+    browser.run(
+        "document.getElementById('who').value = 'Ada';"
+        "document.getElementById('text').value = arguments[0];"
+        "document.getElementById('form').requestSubmit();",
+        "<b>tea</b> & cake 😀",
+    )
+    feed = "document.getElementById('feed').innerText"
+    browser.wait_until(f"{feed}.includes('<b>tea</b> & cake 😀') && {feed}.includes('Ada')")
+    example.post("/publish", b"from a terminal")
+    browser.wait_until(f"{feed}.includes('from a terminal')")
+    browser.run("document.getElementById('cheer').click()")
+    browser.wait_until(f"{feed}.includes('Ada cheers')")
+    browser.run("document.getElementById('work').click()")
+    browser.wait_until("document.getElementById('outcome').textContent === 'All stamped.'")
+    assert 40 == browser.run("return document.getElementById('bar').value")
+    browser.go("about:blank")
+
+
+# =================================================================================================
+# PROMISES
+#
+# About the package as a whole.
+# =================================================================================================
+
+
+def test_promise_every_public_name_exists() -> None:
+    classes = {"EventBouncer", "Frame", "RedisRelay", "Subscription"}
+    names = classes | {"format_sse", "sse_response"}
+    assert names == set(sse_bouncer.__all__)
+    assert all(hasattr(sse_bouncer, name) and getattr(sse_bouncer, name).__doc__ for name in names)
+    assert re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+", sse_bouncer.__version__)
+
+
+WITHOUT_FLASK = """
+import sys, threading
+sys.modules["flask"] = sys.modules["werkzeug"] = None  # an import of either now fails
+before = set(sys.modules)
+from sse_bouncer import *
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before} - {"sse_bouncer"}
+assert loaded <= sys.stdlib_module_names, loaded
+bouncer = EventBouncer()
+subscription = bouncer.subscribe("a")
+bouncer.broadcast({"n": 1}, "greet", channel="a")
+print(repr(str(subscription.get(timeout=10))))
+print(threading.enumerate() == [threading.main_thread()])
+"""
+
+
+def test_promise_works_without_flask_and_without_a_thread() -> None:
+    finished = run_python(WITHOUT_FLASK)
+    expected = r"""'event: greet\ndata: {"n": 1}\n\n'"""
+    assert (f"{expected}\nTrue\n", "") == (finished.stdout, finished.stderr)
+
+
+IMPORT_ONLY = """
+import logging, os, signal, sys, threading, warnings
+def state():
+    handlers = [signal.getsignal(n) for n in signal.valid_signals()]
+    descriptors = sorted(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else []
+    return handlers, descriptors, logging.root.handlers, threading.enumerate(), sys.excepthook
+before = state()
+import sse_bouncer
+print(before == state(), "flask" in sys.modules)
+"""
+
+
+def test_promise_import_has_no_side_effect() -> None:
+    finished = run_python(IMPORT_ONLY)
+    assert ("True False\n", "") == (finished.stdout, finished.stderr)
+
+
+USER = """\
+from flask import Response
+from sse_bouncer import EventBouncer, Frame, Subscription, format_sse, sse_response
+
+bouncer = EventBouncer(heartbeat=None, retry=(1_000, 5_000))
+subscription: Subscription = bouncer.subscribe("news")
+frame: Frame = format_sse({"n": 1}, "greet", id=7)
+bouncer.broadcast(frame, channel="news")
+count: int = bouncer.stats()["subscribers"]
+responses: list[Response] = [bouncer.stream(), sse_response(str(n) for n in range(3))]
+reveal_type(subscription.get())
+bouncer.broadcast(frame, channel=5)
+"""
+
+
+def test_promise_types_reach_users_of_the_wheel(tmp_path: Path) -> None:
+    """mypy --strict sees the installed wheel's types: right code passes, wrong code does not."""
+    need("mypy")
+    need("hatchling")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    build = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(tmp_path)]
+    run_tool(*pip, *build, str(ROOT))
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    run_tool(*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    installed = {path.name for path in (site / "sse_bouncer").iterdir()} - {"__pycache__"}
+    assert {"__init__.py", "py.typed"} == installed
+    user = tmp_path / "user.py"
+    user.write_text(USER, "utf-8")
+    finished = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, "user.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=4 * TIMEOUT,
+        check=False,
+    )
+    revealed, wrong, _ = finished.stdout.splitlines()
+    assert 'user.py:10: note: Revealed type is "sse_bouncer.Frame"' == revealed
+    assert wrong.startswith('user.py:11: error: Argument "channel" to "broadcast"')
+
+
+def run_tool(*command: str) -> None:
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=4 * TIMEOUT)
+    assert 0 == finished.returncode, finished.stdout + finished.stderr
