@@ -172,10 +172,11 @@ class Client:
             self.warm_up()
             self._check(until)
         for _ in range(3):
-            self.publish(time.monotonic())
-            while not self.all_arrived():
+            while not (self.idle and self.all_arrived()):
                 self.turn(0.1)
                 self._check(until)
+            self.publish(time.monotonic())
+        self.drain()
 
     def _learn_framing(self, until: float) -> None:
         self.knock()
@@ -197,7 +198,7 @@ class Client:
         Some servers send the head with the first event only, and until then nobody can tell
         whether a subscriber is one.
         """
-        quiet = not self._publisher.busy and self.all_arrived()
+        quiet = self.idle and self.all_arrived()
         if quiet and (not self.stamps or time.monotonic() - self.stamps[-1] > 0.05):
             self.publish(time.monotonic())
         self.turn(0.02)
@@ -218,7 +219,7 @@ class Client:
         def events(until: float) -> None:
             while (now := time.monotonic()) < until:
                 self.all_arrived()
-                if not self._publisher.busy and len(self.stamps) - self._complete < ahead:
+                if self.idle and len(self.stamps) - self._complete < ahead:
                     self.publish(now)
                 self.turn(0.05)
 
@@ -237,7 +238,7 @@ class Client:
                 now = time.monotonic()
                 if now > until + _PATIENCE:
                     break
-                if now >= due and not self._publisher.busy:
+                if now >= due and self.idle:
                     self.publish(due)
                     due += 1 / rate
                 self.turn(max(0.0, min(0.05, due - time.monotonic())))
@@ -277,11 +278,16 @@ class Client:
     def drain(self) -> None:
         """Wait for what is under way, until all is there or nothing comes any more."""
         begin = self._heard_at = time.monotonic()
-        while self._publisher.busy or not self.all_arrived():
+        while not (self.idle and self.all_arrived()):
             self.turn(0.05)
             now = time.monotonic()
             if now - self._heard_at > _SILENCE or now - begin > _PATIENCE:
                 break
+
+    @property
+    def idle(self) -> bool:
+        """Whether the last event that was posted has been answered."""
+        return not self._publisher.busy
 
     def all_arrived(self) -> bool:
         while (
@@ -299,13 +305,10 @@ class Client:
         self._due.append(self._in_step)
         self.arrivals.append(array("d"))
         self._expected += body + self._between
+        assert self.idle
         new = self._publisher.post(body)
         if new is not None:
             self._watch.register(new.fileno(), select.POLLIN)
-
-    @property
-    def idle(self) -> bool:
-        return not self._publisher.busy
 
     def turn(self, timeout: float) -> None:
         """Wait for input and take it in. Its inner loop is what the client costs."""
@@ -407,4 +410,4 @@ class Client:
 
 
 def _payload(number: int, stamp: float) -> bytes:
-    return (b"@%09d %016d " % (number, stamp * 1_000_000)).ljust(_PAYLOAD - 1, b"x") + b"$"
+    return (b"@%09d %016d " % (number, int(stamp * 1_000_000))).ljust(_PAYLOAD - 1, b"x") + b"$"

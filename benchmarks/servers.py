@@ -135,22 +135,12 @@ def _free_port() -> int:
 def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     until = time.monotonic() + 20
     while process.poll() is None and time.monotonic() < until:
-        # Not connecting: a sync worker would wait for what this connection has to say.
-        if _listens(port):
-            return
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
         time.sleep(0.05)
     lines = log.read_text(errors="replace").strip().splitlines()
     raise RuntimeError(f"the server did not start: {lines[-1] if lines else 'it said nothing'}")
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        # On BSDs SO_REUSEADDR would let this succeed beside a listener; without, it tells.
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
 
 
 def _end(started: list[subprocess.Popen[bytes]]) -> None:
