@@ -19,8 +19,8 @@ The file is a house with five rooms. Each uses only the rooms above it, so a rea
 any banner and has a whole:
 
     1. WIRE FORMAT  text in, frame out: ``format_sse``, ``Frame``
-    2. FAN-OUT      every frame to every subscriber: ``EventBouncer``, ``Subscription``
-    3. RELAY        between processes and machines: ``RedisRelay``
+    2. RELAY        events between processes and machines: ``RedisRelay``
+    3. FAN-OUT      every frame to every subscriber: ``EventBouncer``, ``Subscription``
     4. HUB          one thread for all streams, so that none holds a worker
     5. RESPONSE     a stream as a Flask response: ``sse_response``
 
@@ -296,25 +296,23 @@ _GAP = format_sse("", "gap")
 
 
 # =================================================================================================
-# 2. FAN-OUT
+# 2. RELAY
 #
-# Every frame to every subscriber, in one order, through a bounded queue for each. Nobody waits for
-# a slow reader: who falls behind is dropped, keeps what it holds, and is told by its stream's end.
-# With a history it comes back and gets what it missed. No HTTP and no socket in here.
+# Events between processes and machines. One entry per event; its id is the event's id, so all
+# processes agree on ids and order, and a client may come back to any of them. No HTTP in here, and
+# no redis: its client is the user's own.
 # =================================================================================================
 
-# How long a broadcast waits for readers whose queues are full, once for all of them. A thread or
-# greenlet that reads a queue runs only when the publisher lets it: without this pause a route that
-# broadcasts in a loop would drop readers that have done nothing wrong.
-_MOMENT = 0.05
-# How long one reader may hold broadcasts up in all before it has caught up again. Without this
-# bound a client that always reads one frame per moment would slow every publisher down for ever.
-_PATIENCE = 1.0
+# Seconds between attempts to reach a relay that is away: twice as long each time, up to a second.
+_FIRST_PAUSE = 0.05
+_LAST_PAUSE = 1.0
+# Seconds that a subscriber waits for the relay to tell what there was before.
+_FILL_WAIT = 1.0
 # How long a relay is asked to wait for events. Below the 5 seconds after which redis-py takes a
 # silent connection for a broken one.
 _RELAY_WAIT = 2.0
-# Milliseconds by which an id may seem to come from the future: clocks of machines differ.
-_SKEW = 60_000
+# Entries that are read at once.
+_AT_ONCE = 1_000
 
 _Id = tuple[int, int]  # of an event: milliseconds, and a sequence number within them
 # "Header is any stranger's text": int() alone reads much more than this, "１" and "1_0" too.
@@ -362,6 +360,238 @@ class Relay(Protocol):
 
         The bool says whether nothing between the id and them has been lost.
         """
+
+
+def _event(entry: _Entry) -> _Event | None:
+    """Return the event of a relay's entry, or None, and a line in the log, if it is none."""
+    try:
+        text, channel, frame = entry
+        id = _parse_id(text)
+        if id is None:
+            raise ValueError(f"id: expected <milliseconds>-<sequence>, got {text!r:.80}")
+        if channel is not None:
+            _channel_name(channel)
+        return _Event(id, channel, _numbered(Frame(frame), text))
+    except (TypeError, ValueError) as error:
+        logger.warning("skipped an entry of the relay that is no event: %s", error)
+        return None
+
+
+class _Reader:
+    """The thread that reads a relay for one bouncer.
+
+    There is one per process, from the first subscriber on; a process that only publishes has none.
+    """
+
+    def __init__(self, relay: Relay, bouncer: EventBouncer) -> None:
+        # Milliseconds; since when it has failed to learn what there was before. None if it has not.
+        self.away_since: int | None = None
+        self._relay = relay
+        self._bouncer = weakref.ref(bouncer)  # whose life is not to depend on this thread's
+        self._tried = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="sse_bouncer relay", daemon=True).start()
+
+    def wait(self) -> None:
+        """Wait until the history is filled; but while the relay is away, not for long."""
+        self._tried.wait(_FILL_WAIT)
+
+    def _run(self) -> None:
+        position: str | None = None
+        pause = 0.0
+        while (bouncer := self._bouncer()) is not None and not bouncer._closed:
+            try:
+                if position is None:
+                    position = self._fill(bouncer)
+                    self._tried.set()
+                del bouncer
+                whole, entries = self._relay.read(position, _RELAY_WAIT)
+                if (bouncer := self._bouncer()) is None:
+                    break
+                if not whole:
+                    logger.warning("events were lost in the relay before this process read them")
+                    bouncer._begin_after_gap(_parse_id(entries[0][0]) if entries else None)
+                for entry in entries:
+                    if (event := _event(entry)) is not None:
+                        bouncer._receive(event)
+                    position = entry[0]
+                if pause:
+                    logger.warning("the relay is back")
+                pause = 0.0
+            except Exception as error:
+                if not pause:
+                    logger.warning("the relay cannot be read; trying until it can: %r", error)
+                if position is None:
+                    self.away_since = self.away_since or _milliseconds()
+                    self._tried.set()
+                bouncer = None
+                pause = min(2 * pause or _FIRST_PAUSE, _LAST_PAUSE)
+                time.sleep(pause * random.uniform(0.5, 1))
+
+    def _fill(self, bouncer: EventBouncer) -> str:
+        """Begin the history with what the relay has, and return where to go on from."""
+        after, entries = self._relay.recent(bouncer.history)
+        events = [event for event in map(_event, entries) if event is not None]
+        # Those who came while the relay was away have waited for what was published since.
+        away = self.away_since
+        missed = [e for e in events if away is not None and e.id is not None and e.id[0] >= away]
+        bouncer._begin_with(_parse_id(after) or (0, 0), events[: len(events) - len(missed)])
+        self.away_since = None
+        for event in missed:
+            bouncer._receive(event)
+        return entries[-1][0] if entries else after
+
+
+class RedisRelay:
+    """A `Relay` over a Redis stream: Redis 6.2 or later, Valkey, or a cluster of them.
+
+        bouncer = EventBouncer(
+            history=1000, relay=RedisRelay(redis.Redis.from_url("redis://localhost"))
+        )
+
+    `publish` is one XADD. Reading takes one connection per process, however many subscribers.
+
+    When Redis goes away, streams stay open with their heartbeats and `EventBouncer.broadcast`
+    raises the client's own error; how soon is for the client's timeouts and retries to say. When
+    it is back, all that it kept is delivered once, in order. Where it has lost something (its
+    stream was trimmed or deleted in the meantime), every stream gets an event named ``gap``.
+
+    :param client: A ``redis.Redis`` or ``redis.RedisCluster``, or one with the same methods. With
+        or without ``decode_responses``.
+    :param key: The stream's key; all processes of an app have the same. The default is ``sse``.
+    :param maxlen: About how many events Redis keeps, at least 1. The default is 10,000.
+    :raises TypeError: if an argument is of the wrong type.
+    :raises ValueError: if one is out of range.
+    """
+
+    def __init__(self, client: Any, key: str = "sse", maxlen: int = 10_000) -> None:
+        if not hasattr(client, "xadd"):
+            raise TypeError(
+                f"client: expected a Redis client, got {client!r:.80}; "
+                "use redis.Redis.from_url(...)"
+            )
+        if not _text("key", key):
+            raise ValueError(f"key: expected a name that is not empty, got {key!r}")
+        self.key = key
+        self.maxlen = _whole_number("maxlen", maxlen, 1)
+        self._client = client
+        self._unsure = False  # whether something may have happened to the stream since read()
+        self._once: dict[str, None] = {}  # the tokens of entries that were read last
+
+    def publish(self, channel: str | None, frame: str) -> None:
+        """Add an entry. See `Relay`."""
+        # A client that got no answer tries again, though Redis may have the entry already. The
+        # readers know the second one by its token.
+        fields = {"frame": str(frame), "once": os.urandom(9).hex()}
+        if channel is not None:
+            fields["channel"] = str(channel)
+        self._client.xadd(self.key, fields, maxlen=self.maxlen, approximate=True)
+
+    def recent(self, count: int) -> tuple[str, list[_Entry]]:
+        """Return the newest entries, and the id after which they are all. See `Relay`."""
+        found = self._newest(count + 1)[::-1]
+        if len(found) > count:
+            return _decoded(found[0][0]), self._entries(found[1:])
+        if not found:
+            return "0-0", []
+        info = self._client.xinfo_stream(self.key)
+        if info.get("entries-added") == info["length"]:  # none was ever trimmed
+            return "0-0", self._entries(found)
+        milliseconds, sequence = map(int, _decoded(found[0][0]).split("-"))
+        before = (milliseconds, sequence - 1) if sequence else (milliseconds - 1, 2**64 - 1)
+        return _id_text(before), self._entries(found)
+
+    def read(self, after: str, timeout: float) -> tuple[bool, list[_Entry]]:
+        """Wait for entries. See `Relay`."""
+        # Set until all below has worked: after an error, anything may have happened to the stream.
+        unsure, self._unsure = self._unsure, True
+        found = self._after(after)
+        if not found and not unsure:
+            block = int(1000 * min(timeout, self._longest_wait()))
+            try:
+                self._client.xread({self.key: after}, count=1, block=block)
+            except UnicodeDecodeError:
+                pass  # there is something, and that is all there was to know
+            found = self._after(after)
+        # Trimming begins at the oldest: as long as the entry that was read last is there, so are
+        # all after it. It is looked for when there is reason to.
+        whole = True
+        if after != "0-0" and (unsure or len(found) >= min(_AT_ONCE, self.maxlen)):
+            whole = bool(self._found("XRANGE", after, after, 1))
+            if not whole and not found:
+                found = self._begun_anew(after)
+        self._unsure = False
+        return whole, self._entries(found)
+
+    def _begun_anew(self, after: str) -> list[Any]:
+        """Return the entries of a stream that is another one, with ids that begin lower."""
+        newest = self._newest(1)
+        if newest and (_parse_id(_decoded(newest[0][0])) or (0, 0)) < (_parse_id(after) or (0, 0)):
+            return self._after("0-0")
+        return []
+
+    def _after(self, id: str) -> list[Any]:
+        return self._found("XRANGE", f"({id}", "+", _AT_ONCE)
+
+    def _newest(self, count: int) -> list[Any]:
+        return self._found("XREVRANGE", "+", "-", count)
+
+    def _found(self, command: str, start: str, end: str, count: int) -> list[Any]:
+        # A client that decodes would stop for good at one entry, of anyone's, that is not UTF-8.
+        arguments = command, self.key, start, end, "COUNT", count
+        found: list[Any] = self._client.execute_command(*arguments, NEVER_DECODE=True)
+        return found
+
+    def _longest_wait(self) -> float:
+        """Return seconds that the client waits for an answer before it takes Redis for gone."""
+        pool = getattr(self._client, "connection_pool", None)
+        options = getattr(pool, "connection_kwargs", {})
+        return (options.get("socket_timeout") or math.inf) / 2
+
+    def _entries(self, found: Iterable[tuple[Any, dict[Any, Any]]]) -> list[_Entry]:
+        entries: list[_Entry] = []
+        for id, raw in found:
+            fields = {_decoded(name): value for name, value in raw.items()}
+            once = _decoded(fields.get("once", id))
+            if once in self._once:
+                continue
+            self._once[once] = None
+            if len(self._once) > _AT_ONCE:
+                del self._once[next(iter(self._once))]
+            channel = fields.get("channel")
+            entries.append(
+                (
+                    _decoded(id),
+                    None if channel is None else _decoded(channel),
+                    _decoded(fields.get("frame", "")),
+                )
+            )
+        return entries
+
+
+def _decoded(value: Any) -> str:
+    """Return text, whether the client decodes or not; bytes that are no UTF-8 no frame takes."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+# =================================================================================================
+# 3. FAN-OUT
+#
+# Every frame to every subscriber, in one order, through a bounded queue for each. Nobody waits for
+# a slow reader: who falls behind is dropped, keeps what it holds, and is told by its stream's end.
+# With a history it comes back and gets what it missed. No HTTP and no socket in here.
+# =================================================================================================
+
+# How long a broadcast waits for readers whose queues are full, once for all of them. A thread or
+# greenlet that reads a queue runs only when the publisher lets it: without this pause a route that
+# broadcasts in a loop would drop readers that have done nothing wrong.
+_MOMENT = 0.05
+# How long one reader may hold broadcasts up in all before it has caught up again. Without this
+# bound a client that always reads one frame per moment would slow every publisher down for ever.
+_PATIENCE = 1.0
+# Milliseconds by which an id may seem to come from the future: clocks of machines differ.
+_SKEW = 60_000
 
 
 class Subscription:
@@ -606,9 +836,7 @@ class EventBouncer:
         # given here is below the time at which the process began.
         self._floor = self._newest = (_milliseconds(), 0) if relay is None else (0, 0)
         self._born = _milliseconds()
-        self._reader: threading.Thread | None = None  # of the relay
-        self._tried = False  # whether it has tried to fill the history
-        self._away_since: int | None = None  # milliseconds; set until that has succeeded
+        self._reader: _Reader | None = None  # of the relay, once somebody has subscribed
         self._make_locks()
         _bouncers.add(self)
         _watch_forks()
@@ -804,6 +1032,46 @@ class EventBouncer:
             else:  # closed since it subscribed: what it holds, and the end
                 self._outlet.end(subscription._stream)
 
+    def _start_reader(self) -> None:
+        """See to it that the relay is read, and the history filled before anyone is answered."""
+        if self.relay is None:
+            return
+        starting = None
+        with self._lock:
+            if self._reader is None:
+                self._reader = starting = _Reader(self.relay, self)
+        if starting is not None:
+            starting.start()
+        self._reader.wait()
+
+    def _begin_with(self, after: _Id, events: Iterable[_Event]) -> None:
+        """Begin the history with what the relay has."""
+        with self._lock:
+            self._kept.clear()
+            self._floor = self._newest = after
+            for event in events:
+                self._keep(event)
+
+    def _receive(self, event: _Event) -> None:
+        """Fan out what the relay brings."""
+        with self._lock:
+            self._wait_for_turn()
+            self._keep(event)
+            self._deliver(event)
+        self._hold_back()
+
+    def _begin_after_gap(self, first: _Id | None) -> None:
+        """Tell everyone that events are lost which were still to come, before the ``first``."""
+        with self._lock:
+            self._wait_for_turn()
+            self._kept.clear()
+            if first is None or first > self._newest:
+                self._floor = self._newest = (self._newest[0], self._newest[1] + 1)
+            else:  # the relay lost all, and its clock is behind what it was
+                self._floor = self._newest = (first[0] - 1, 0)
+            self._deliver(_Event(None, None, _numbered(_GAP, _id_text(self._floor))))
+        self._hold_back()
+
     def _left(self, subscription: Subscription) -> None:
         with self._lock:
             self._remove(subscription, "its client left")
@@ -844,7 +1112,7 @@ class EventBouncer:
             why = "closed; it takes no more subscribers"
         elif most is not None and count >= most:
             why = f"full: expected fewer than max_subscribers={most!r}, got {count!r}; try later"
-        elif resuming and self._away_since is not None:
+        elif resuming and self._relay_is_away():
             why = "waiting for its relay, and cannot tell yet what was missed; try later"
         else:
             return
@@ -872,7 +1140,7 @@ class EventBouncer:
         if not self._numbers:
             return
         if last is None:
-            subscription._since = None if self._away_since else self._newest
+            subscription._since = None if self._relay_is_away() else self._newest
             return
         if last > self._newest:
             if self.relay is not None and (
@@ -892,6 +1160,10 @@ class EventBouncer:
                 missed.append(frame)
         subscription._frames.extend(reversed(missed))
         subscription._replay = len(missed)
+
+    def _relay_is_away(self) -> bool:
+        """Return whether it has never been there yet, so that nobody knows what came before."""
+        return self._reader is not None and self._reader.away_since is not None
 
     def _next_id(self) -> _Id:
         # Also when the clock is stepped back: then on from the newest.
@@ -949,121 +1221,8 @@ class EventBouncer:
             if not self._late:
                 self._changed.notify_all()
 
-    # The relay's reader. One thread per process, from the first subscriber on; a process that only
-    # publishes has none.
-
-    def _start_reader(self) -> None:
-        """See to it that the relay is read, and the history filled before anyone is answered."""
-        if self.relay is None or self._tried:
-            return
-        starting = False
-        with self._lock:
-            if self._reader is None:
-                starting = True
-                self._reader = threading.Thread(
-                    target=_read_relay,
-                    args=(weakref.ref(self), self.relay),
-                    name="sse_bouncer relay",
-                    daemon=True,
-                )
-        if starting:
-            self._reader.start()
-        with self._lock:
-            # Not for ever: while the relay is away, streams open, and wait for it with heartbeats.
-            self._changed.wait_for(lambda: self._tried, _PATIENCE)
-
-    def _fill(self, after: str, entries: Sequence[_Entry]) -> str:
-        """Begin the history with what the relay has, and return where to go on from."""
-        with self._lock:
-            # Those who came while the relay was away have waited for what was published since.
-            away = self._away_since
-            missed = [e for e in entries if away and (_parse_id(e[0]) or (0, 0))[0] >= away]
-            self._kept.clear()
-            self._floor = self._newest = _parse_id(after) or (0, 0)
-            for entry in entries[: len(entries) - len(missed)]:
-                if (event := _event(entry)) is not None:
-                    self._keep(event)
-            self._away_since = None
-        for entry in missed:
-            self._receive(entry)
-        self._relay_tried()
-        return entries[-1][0] if entries else after
-
-    def _relay_tried(self) -> None:
-        with self._lock:
-            self._tried = True
-            self._changed.notify_all()
-
-    def _receive(self, entry: _Entry) -> None:
-        if (event := _event(entry)) is not None:
-            with self._lock:
-                self._wait_for_turn()
-                self._keep(event)
-                self._deliver(event)
-            self._hold_back()
-
-    def _begin_after_gap(self, entries: Sequence[_Entry]) -> None:
-        """Tell everyone here that the relay has lost events that were still to come."""
-        logger.warning("events were lost in the relay before this process had read them")
-        first = _parse_id(entries[0][0]) if entries else None
-        with self._lock:
-            self._wait_for_turn()
-            self._kept.clear()
-            if first is None or first > self._newest:
-                self._floor = self._newest = (self._newest[0], self._newest[1] + 1)
-            else:  # the relay lost all, and its clock is behind what it was
-                self._floor = self._newest = (first[0] - 1, 0)
-            self._deliver(_Event(None, None, _numbered(_GAP, _id_text(self._floor))))
-
-
-def _read_relay(reference: weakref.ref[EventBouncer], relay: Relay) -> None:
-    """Read a relay until its bouncer is closed or gone: what the reader's thread does."""
-    position: str | None = None
-    pause = 0.0
-    while (bouncer := reference()) is not None and not bouncer._closed:
-        try:
-            if position is None:
-                position = bouncer._fill(*relay.recent(bouncer.history))
-            del bouncer  # or it would live on because of this thread alone
-            whole, entries = relay.read(position, _RELAY_WAIT)
-            if (bouncer := reference()) is None:
-                break
-            if not whole:
-                bouncer._begin_after_gap(entries)
-            for entry in entries:
-                bouncer._receive(entry)
-                position = entry[0]
-            if pause:
-                logger.warning("the relay is back")
-            pause = 0.0
-        except Exception as error:
-            if not pause:
-                logger.warning("the relay cannot be read; trying until it can: %r", error)
-            if position is None and (bouncer := reference()) is not None:
-                bouncer._away_since = bouncer._away_since or _milliseconds()
-                bouncer._relay_tried()
-            bouncer = None
-            pause = min(2 * pause or _MOMENT, _PATIENCE)
-            time.sleep(pause * random.uniform(0.5, 1))
-
-
 def _milliseconds() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _event(entry: _Entry) -> _Event | None:
-    """Return the event of a relay's entry, or None, and a line in the log, if it is none."""
-    try:
-        text, channel, frame = entry
-        id = _parse_id(text)
-        if id is None:
-            raise ValueError(f"id: expected <milliseconds>-<sequence>, got {text!r:.80}")
-        if channel is not None:
-            _channel_name(channel)
-        return _Event(id, channel, _numbered(Frame(frame), text))
-    except (TypeError, ValueError) as error:
-        logger.warning("skipped an entry of the relay that is no event: %s", error)
-        return None
 
 
 def _seconds(name: str, value: object) -> float:
@@ -1115,7 +1274,7 @@ def _begin_anew() -> None:
         bouncer._channels.clear()
         bouncer._detached.clear()
         bouncer._outlet = None
-        bouncer._reader, bouncer._tried = None, False
+        bouncer._reader = None
         if bouncer.relay is not None:
             bouncer._kept.clear()
         bouncer._late.clear()
@@ -1123,150 +1282,6 @@ def _begin_anew() -> None:
         for subscription in subscriptions:
             subscription._ready = None
             subscription._end("it belongs to the process that this one was forked from")
-
-
-# =================================================================================================
-# 3. RELAY
-#
-# Between processes and machines, by way of a Redis stream. One entry per event; its id is the
-# event's id, so all processes agree on ids and order, and a client may come back to any of them.
-# No HTTP in here, and no redis: its client is the user's own.
-# =================================================================================================
-
-# Entries that are read at once.
-_AT_ONCE = 1_000
-
-
-class RedisRelay:
-    """A `Relay` over a Redis stream: Redis 6.2 or later, Valkey, or a cluster of them.
-
-        bouncer = EventBouncer(
-            history=1000, relay=RedisRelay(redis.Redis.from_url("redis://localhost"))
-        )
-
-    `publish` is one XADD. Reading takes one connection per process, however many subscribers.
-
-    When Redis goes away, streams stay open with their heartbeats and `EventBouncer.broadcast`
-    raises the client's own error; how soon is for the client's timeouts and retries to say. When
-    it is back, all that it kept is delivered once, in order. Where it has lost something (its
-    stream was trimmed or deleted in the meantime), every stream gets an event named ``gap``.
-
-    :param client: A ``redis.Redis`` or ``redis.RedisCluster``, or one with the same methods. With
-        or without ``decode_responses``.
-    :param key: The stream's key; all processes of an app have the same. The default is ``sse``.
-    :param maxlen: About how many events Redis keeps, at least 1. The default is 10,000.
-    :raises TypeError: if an argument is of the wrong type.
-    :raises ValueError: if one is out of range.
-    """
-
-    def __init__(self, client: Any, key: str = "sse", maxlen: int = 10_000) -> None:
-        if not hasattr(client, "xadd"):
-            raise TypeError(
-                f"client: expected a Redis client, got {client!r:.80}; "
-                "use redis.Redis.from_url(...)"
-            )
-        if not _text("key", key):
-            raise ValueError(f"key: expected a name that is not empty, got {key!r}")
-        self.key = key
-        self.maxlen = _whole_number("maxlen", maxlen, 1)
-        self._client = client
-        self._unsure = False  # whether something may have happened to the stream since read()
-        self._once: dict[str, None] = {}  # the tokens of entries that were read last
-
-    def publish(self, channel: str | None, frame: str) -> None:
-        """Add an entry. See `Relay`."""
-        # A client that got no answer tries again, though Redis may have the entry already. The
-        # readers know the second one by its token.
-        fields = {"frame": str(frame), "once": os.urandom(9).hex()}
-        if channel is not None:
-            fields["channel"] = str(channel)
-        self._client.xadd(self.key, fields, maxlen=self.maxlen, approximate=True)
-
-    def recent(self, count: int) -> tuple[str, list[_Entry]]:
-        """Return the newest entries, and the id after which they are all. See `Relay`."""
-        found = self._newest(count + 1)[::-1]
-        if len(found) > count:
-            return _decoded(found[0][0]), self._entries(found[1:])
-        if not found:
-            return "0-0", []
-        info = self._client.xinfo_stream(self.key)
-        if info.get("entries-added") == info["length"]:  # none was ever trimmed
-            return "0-0", self._entries(found)
-        milliseconds, sequence = map(int, _decoded(found[0][0]).split("-"))
-        before = (milliseconds, sequence - 1) if sequence else (milliseconds - 1, 2**64 - 1)
-        return _id_text(before), self._entries(found)
-
-    def read(self, after: str, timeout: float) -> tuple[bool, list[_Entry]]:
-        """Wait for entries. See `Relay`."""
-        # Set until all below has worked: after an error, anything may have happened to the stream.
-        unsure, self._unsure = self._unsure, True
-        found = self._after(after)
-        if not found and not unsure:
-            block = int(1000 * min(timeout, self._longest_wait()))
-            try:
-                self._client.xread({self.key: after}, count=1, block=block)
-            except UnicodeDecodeError:
-                pass  # there is something, and that is all there was to know
-            found = self._after(after)
-        # Trimming begins at the oldest: as long as the entry that was read last is there, so are
-        # all after it. It is looked for when there is reason to.
-        whole = True
-        if after != "0-0" and (unsure or len(found) >= min(_AT_ONCE, self.maxlen)):
-            whole = bool(self._found("XRANGE", after, after, 1))
-            if not whole and not found:
-                found = self._begun_anew(after)
-        self._unsure = False
-        return whole, self._entries(found)
-
-    def _begun_anew(self, after: str) -> list[Any]:
-        """Return the entries of a stream that is another one, with ids that begin lower."""
-        newest = self._newest(1)
-        if newest and (_parse_id(_decoded(newest[0][0])) or (0, 0)) < (_parse_id(after) or (0, 0)):
-            return self._after("0-0")
-        return []
-
-    def _after(self, id: str) -> list[Any]:
-        return self._found("XRANGE", f"({id}", "+", _AT_ONCE)
-
-    def _newest(self, count: int) -> list[Any]:
-        return self._found("XREVRANGE", "+", "-", count)
-
-    def _found(self, command: str, start: str, end: str, count: int) -> list[Any]:
-        # A client that decodes would stop for good at one entry, of anyone's, that is not UTF-8.
-        arguments = command, self.key, start, end, "COUNT", count
-        found: list[Any] = self._client.execute_command(*arguments, NEVER_DECODE=True)
-        return found
-
-    def _longest_wait(self) -> float:
-        """Return seconds that the client waits for an answer before it takes Redis for gone."""
-        pool = getattr(self._client, "connection_pool", None)
-        options = getattr(pool, "connection_kwargs", {})
-        return (options.get("socket_timeout") or math.inf) / 2
-
-    def _entries(self, found: Iterable[tuple[Any, dict[Any, Any]]]) -> list[_Entry]:
-        entries: list[_Entry] = []
-        for id, raw in found:
-            fields = {_decoded(name): value for name, value in raw.items()}
-            once = _decoded(fields.get("once", id))
-            if once in self._once:
-                continue
-            self._once[once] = None
-            if len(self._once) > _AT_ONCE:
-                del self._once[next(iter(self._once))]
-            channel = fields.get("channel")
-            entries.append(
-                (
-                    _decoded(id),
-                    None if channel is None else _decoded(channel),
-                    _decoded(fields.get("frame", "")),
-                )
-            )
-        return entries
-
-
-def _decoded(value: Any) -> str:
-    """Return text, whether the client decodes or not; bytes that are no UTF-8 no frame takes."""
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 # =================================================================================================

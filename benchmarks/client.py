@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import re
 import select
 import socket
@@ -28,6 +29,7 @@ _CHUNK = 32 * 1024  # bytes to read at a time
 _BATCH = 256  # connections to read before looking at the publisher again
 _NOWHERE = sys.maxsize  # as a position in the stream: no bytes are expected there
 _KNOCKING = 250  # connections that have not received anything yet; the least backlog is below 2048
+_QUIET = 0.05  # seconds without input after which all who connect are waiting for an event
 _SILENCE = 3.0  # seconds after which what has not arrived is lost
 _PATIENCE = 20.0  # seconds to wait for the rest in all
 _RESET = struct.pack("ii", 1, 0)  # linger for 0 seconds: close() sends a reset
@@ -60,7 +62,7 @@ class _Subscriber:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.at = _NOWHERE  # position in the expected stream
-        self.have = 0  # number of the next event
+        self.have = -1  # number of the next event; -1 before it has received one
         self.unread = b""  # while the position is not known
 
 
@@ -193,14 +195,15 @@ class Client:
         self._watch.register(connection.fileno(), select.POLLOUT)
 
     def warm_up(self) -> None:
-        """Give the newly connected something to receive, but no more than the server can take.
+        """Give the newly connected something to receive, once the server has nothing more to say.
 
         Some servers send the head with the first event only, and until then nobody can tell
-        whether a subscriber is one.
+        whether a subscriber is one. Others are slow to let subscribers in while they publish.
         """
-        quiet = self.idle and self.all_arrived()
-        if quiet and (not self.stamps or time.monotonic() - self.stamps[-1] > 0.05):
-            self.publish(time.monotonic())
+        now = time.monotonic()
+        if self.idle and self.all_arrived() and now - self._heard_at > _QUIET:
+            self.publish(now)
+            self._heard_at = now
         self.turn(0.02)
 
     def _check(self, until: float) -> None:
@@ -289,6 +292,11 @@ class Client:
         """Whether the last event that was posted has been answered."""
         return not self._publisher.busy
 
+    @property
+    def behind(self) -> int:
+        """How many of those who have received an event have not received the newest."""
+        return sum(-1 < s.have < len(self.stamps) for s in self._subscribers.values())
+
     def all_arrived(self) -> bool:
         while (
             self._complete < len(self.stamps)
@@ -323,7 +331,7 @@ class Client:
                 data = read(fd, _CHUNK)
             except OSError:
                 data = b""
-            now = clock()
+            self._heard_at = now = clock()
             if not data or not expected.startswith(data, subscriber.at):
                 data = self._find_place(subscriber, data)
                 if not data:
@@ -333,7 +341,6 @@ class Client:
             for number in range(subscriber.have, done):
                 arrivals[number].append(now)
             subscriber.have = max(subscriber.have, done)
-            self._heard_at = now
 
     def _find_place(self, subscriber: _Subscriber, data: bytes) -> bytes:
         """Return the part of the input from which on it is as expected; the slow way.
@@ -360,7 +367,7 @@ class Client:
             number = int(event[1])
             rest = subscriber.unread[event.start() :]
             if self._expected.startswith(rest, number * self._period):
-                self._in_step += not subscriber.have
+                self._in_step += subscriber.have < 0
                 subscriber.at = number * self._period
                 subscriber.have = max(subscriber.have, number)  # those before it are lost
                 subscriber.unread = b""
@@ -399,9 +406,16 @@ class Client:
             self._watch.unregister(fd)
             last.close()
 
+    def churn(self, count: int) -> None:
+        """Let some subscribers leave, every other one without a goodbye, and as many come."""
+        known = [s for s in self._subscribers.values() if s.have >= 0]
+        for i, subscriber in enumerate(random.sample(known, min(count, len(known)))):
+            self._leave(subscriber, reset=i % 2 == 0)
+            self.knock()
+
     def _leave(self, subscriber: _Subscriber, reset: bool = False) -> None:
         fd = subscriber.connection.fileno()
-        self._in_step -= subscriber.have > 0
+        self._in_step -= subscriber.have >= 0
         del self._subscribers[fd]
         self._watch.unregister(fd)
         if reset:
