@@ -849,10 +849,11 @@ class EventBouncer:
         # whatever decides looks again after it has acted. There is no second lock, so no order of
         # locks to keep.
         self._lock = threading.RLock()
-        # A frame reaches all subscribers before the next reaches any, so all see one order. That
-        # needs no more than _lock, but for a broadcast that waits for room, without the lock: for
-        # so long _pausing is its thread, and other broadcasts wait. Both wait for _changed.
-        self._pausing: int | None = None
+        # A frame reaches all subscribers before the next reaches any, so all see one order. The
+        # thread that sees to that has its _turn, also while it waits for room, without the lock.
+        # _changed is told when that is over, and when there is room.
+        self._turn: int | None = None
+        self._acts: deque[Callable[[], None]] = deque()  # what is to be done in turn
         self._changed = threading.Condition(self._lock)
 
     def subscribe(self, *channels: str, last_event_id: str | None = None) -> Subscription:
@@ -915,20 +916,13 @@ class EventBouncer:
         """
         frame = format_sse(msg, event, id=id, retry=retry)
         if channel is not None:
-            _channel_name(channel)
+            channel = _channel_name(channel)
+        if self._numbers:
+            _numbered(frame, "0-0")  # raises now, if it has an id of its own
         if self.relay is not None:
-            _numbered(frame, "0-0")  # raises here, and not in every process, if it has an id
             self.relay.publish(channel, str(frame))
-            return
-        with self._lock:
-            self._wait_for_turn()
-            sent = _Event(None, channel, frame)
-            if self._numbers:
-                number = self._next_id()
-                sent = _Event(number, channel, _numbered(frame, _id_text(number)))
-                self._keep(sent)
-            self._deliver(sent)
-        self._hold_back()
+        else:
+            self._in_turn(lambda: self._send(frame, channel))
 
     def stream(self, *channels: str, last_event_id: str | None = None) -> Response:
         """Return a Flask response that streams to one new subscriber. The one-liner for a route.
@@ -938,8 +932,9 @@ class EventBouncer:
         (9.2.3). HEAD is answered with the headers, and subscribes nobody.
 
         :param channels: See `subscribe`.
-        :param last_event_id: The id that the client saw last. None, the default, takes it from the
-            request's ``Last-Event-ID`` header.
+        :param last_event_id: The id that the client saw last, if its ``Last-Event-ID`` header does
+            not tell a newer one: an id in a page's URL stays there each time that it reconnects.
+            None, the default, leaves it to the header.
         """
         return _stream(self, channels, last_event_id)  # the door to room 5
 
@@ -966,13 +961,12 @@ class EventBouncer:
         subscribers are refused, and a later `broadcast` reaches nobody. What subscribers hold is
         still delivered.
         """
-        for channel in channels:
-            _channel_name(channel)
+        audiences = tuple(map(_channel_name, channels)) or (None,)
         with self._lock:
             # The flag first: a subscriber that a signal handler's close() has not found in the
             # loop below finds the flag when it looks again, at the end of subscribe().
             self._closed = self._closed or not channels
-            for audience in channels or (None,):
+            for audience in audiences:
                 for subscription in self._audience(audience) + self._detached_from(audience):
                     self._remove(subscription, "closed")
 
@@ -987,8 +981,8 @@ class EventBouncer:
     def last_event_id(self) -> str | None:
         """The newest event's id, or where ids begin if there is none yet; None without a history.
 
-        A page renders its state, puts this into the URL of its EventSource, and the route passes
-        it on to `stream`: so nothing falls between the rendering and the connecting.
+        A page takes this, renders its state, and puts it into the URL of its EventSource, and the
+        route passes it on to `stream`: so nothing falls between rendering and connecting.
         """
         self._start_reader()
         return _id_text(self._newest) if self._numbers else None
@@ -1020,7 +1014,7 @@ class EventBouncer:
         with self._lock:
             # Not in the middle of a broadcast: it has told the outlet already, and this reader,
             # if it is late, not yet.
-            self._wait_for_turn()
+            self._changed.wait_for(lambda: self._turn is None)
             if self._outlet is None:
                 self._outlet = make_outlet()
             self._forget(weakref.ref(subscription))
@@ -1054,23 +1048,11 @@ class EventBouncer:
 
     def _receive(self, event: _Event) -> None:
         """Fan out what the relay brings."""
-        with self._lock:
-            self._wait_for_turn()
-            self._keep(event)
-            self._deliver(event)
-        self._hold_back()
+        self._in_turn(lambda: self._deliver(event))
 
     def _begin_after_gap(self, first: _Id | None) -> None:
         """Tell everyone that events are lost which were still to come, before the ``first``."""
-        with self._lock:
-            self._wait_for_turn()
-            self._kept.clear()
-            if first is None or first > self._newest:
-                self._floor = self._newest = (self._newest[0], self._newest[1] + 1)
-            else:  # the relay lost all, and its clock is behind what it was
-                self._floor = self._newest = (first[0] - 1, 0)
-            self._deliver(_Event(None, None, _numbered(_GAP, _id_text(self._floor))))
-        self._hold_back()
+        self._in_turn(lambda: self._send_gap(first))
 
     def _left(self, subscription: Subscription) -> None:
         with self._lock:
@@ -1080,7 +1062,23 @@ class EventBouncer:
     def _numbers(self) -> bool:
         return self.history > 0 or self.relay is not None
 
-    def _hold_back(self) -> None:
+    def _in_turn(self, act: Callable[[], None]) -> None:
+        """Do something to all subscribers, when what was begun before is done."""
+        with self._lock:
+            self._acts.append(act)
+            if self._turn == threading.get_ident():
+                return  # a signal handler, or a finaliser, in the middle of it: see below
+            self._changed.wait_for(lambda: self._turn is None)
+            while self._acts:
+                self._turn = threading.get_ident()
+                try:
+                    while self._acts:
+                        self._acts.popleft()()
+                finally:
+                    self._turn = None
+                    self._changed.notify_all()
+                # One that was added after the last look, and before the turn was over, has been
+                # left to this thread: so look again.
         if self._outlet is not None:
             self._outlet.hold_back()
 
@@ -1176,8 +1174,23 @@ class EventBouncer:
         self._kept.append(event)
         self._newest = event.id
 
+    # These are only called in turn, with the lock held.
+
+    def _send(self, frame: Frame, channel: str | None) -> None:
+        id = self._next_id() if self._numbers else None
+        self._deliver(_Event(id, channel, frame if id is None else _numbered(frame, _id_text(id))))
+
+    def _send_gap(self, first: _Id | None) -> None:
+        self._kept.clear()
+        if first is None or first > self._newest:
+            self._floor = self._newest = (self._newest[0], self._newest[1] + 1)
+        else:  # the relay lost all, and its clock is behind what it was
+            self._floor = self._newest = (first[0] - 1, 0)
+        self._deliver(_Event(None, None, _numbered(_GAP, _id_text(self._floor))))
+
     def _deliver(self, event: _Event) -> None:
-        """Fan out; the caller has waited for its turn."""
+        if event.id is not None:
+            self._keep(event)
         self._counts["broadcasts"] += 1
         if self._detached:
             self._outlet.send(event)
@@ -1190,17 +1203,12 @@ class EventBouncer:
                 if not subscription._offer(event):
                     self._drop(subscription)
 
-    def _wait_for_turn(self) -> None:
-        # A signal handler that broadcasts while its own thread is pausing must not wait for it.
-        self._changed.wait_for(lambda: self._pausing in (None, threading.get_ident()))
-
     def _wait_for_room(self, late: list[Subscription]) -> None:
         """Give the readers of full queues a moment to empty them.
 
         Empty, not just below full: a publisher in a loop then waits once in ``maxsize`` frames.
         """
         self._late = {s for s in late if s._waited < _PATIENCE}
-        self._pausing = threading.get_ident()
         began = time.monotonic()
         try:
             # In ten looks: on a machine that is too busy to run this thread in time, readers do not
@@ -1212,8 +1220,6 @@ class EventBouncer:
             for subscription in self._late:
                 subscription._waited += time.monotonic() - began
             self._late = set()
-            self._pausing = None
-            self._changed.notify_all()
 
     def _caught_up(self, subscription: Subscription) -> None:
         if self._late:
@@ -1248,7 +1254,8 @@ def _channel_name(channel: object) -> str:
         raise TypeError(f"channel: expected a name, got {channel!r:.80}; use str(...)")
     if not channel:
         raise ValueError(f"channel: expected a name that is not empty, got {channel!r}")
-    return channel
+    # Its text, if it is a member of an enumeration: some of those hash by their names.
+    return str.__str__(channel)
 
 
 _NO_FRAMES: deque[Frame] = deque(maxlen=0)  # of all detached ones; nothing can be put into it
@@ -1711,8 +1718,11 @@ class _Hub:
             return
         fd, stream.fd = stream.fd, -1
         stream.pending = None
-        self._leave(stream)
         self._deadlines.pop(stream, None)
+        try:
+            self._leave(stream)
+        except Exception:  # in the middle of a fan-out it would be others who pay
+            logger.exception("unexpected; the stream is closed all the same")
         try:
             self._selector.unregister(fd)
         except KeyError:
@@ -1861,6 +1871,7 @@ _OPTIONS = tuple(
         ("SOL_SOCKET", "SO_SNDBUF", _SEND_BUFFER),
         ("SOL_SOCKET", "SO_KEEPALIVE", 1),
         ("IPPROTO_TCP", "TCP_KEEPIDLE", _DEAD_PEER),
+        ("IPPROTO_TCP", "TCP_KEEPINTVL", _DEAD_PEER),
         ("IPPROTO_TCP", "TCP_USER_TIMEOUT", _DEAD_PEER * 1000),
         ("IPPROTO_TCP", "TCP_NODELAY", 1),
     )
@@ -1938,17 +1949,19 @@ def _stream(
         )
     if request.method == "HEAD":
         return sse_response(())
-    if last_event_id is None:
-        last_event_id = request.headers.get("Last-Event-ID")
+    header = request.headers.get("Last-Event-ID")
+    if (_parse_id(header) or (0, 0)) > (_parse_id(last_event_id) or (0, 0)):
+        last_event_id = header
     try:
         return sse_response(bouncer.subscribe(*channels, last_event_id=last_event_id))
-    except EventBouncer.Refused as refused:
-        return _respond([_turned_away(bouncer, str(refused))], 200, None)
+    except EventBouncer.Refused:  # why is no stranger's business
+        return _respond([_turned_away(bouncer)], 200, None)
 
 
-def _turned_away(bouncer: EventBouncer, why: str) -> bytes:
+def _turned_away(bouncer: EventBouncer) -> bytes:
     """Return the whole body for a client that is to come back later."""
-    return f"retry: {random.randint(*(bouncer.retry or (5_000, 15_000)))}\n: {why}\n".encode()
+    retry = random.randint(*(bouncer.retry or (5_000, 15_000)))
+    return f"retry: {retry}\n: no room now, come back later\n".encode()
 
 
 def _respond(
@@ -2042,7 +2055,7 @@ class _SubscriptionBody:
                 "raise the limit, for example by ulimit -n",
             )
             bouncer.unsubscribe(self._subscription)
-            self._opening = _turned_away(bouncer, "this process has no descriptor to spare")
+            self._opening = _turned_away(bouncer)
         except RuntimeError as error:
             _warn_once("thread", f"streams hold workers, for want of a thread: {error}")
         else:

@@ -4,10 +4,11 @@
     pytest -k "wire or fan_out"         the rooms that need no server
     pytest -k gthread                   one server
 
-The rooms are those of the module: WIRE FORMAT, FAN-OUT, RESPONSE, then SERVERS (the same promises
-under every server), WAYS TO USE IT, and PROMISES about the package as a whole. Flask and pytest are
-enough to run the file: a test skips, and says so, where a server, the browser or a tool it needs is
-not there. Under ``CI=true`` nothing may be skipped, so there the same is a failure.
+The rooms are those of the module: WIRE FORMAT, FAN-OUT, RESPONSE; SERVERS has the same promises
+under every server, and HUB those of streams that hold no worker; then WAYS TO USE IT, and PROMISES
+about the package as a whole. Flask and pytest are enough to run the file: a test skips, and says
+so, where a server, the browser or a tool it needs is not there. Under ``CI=true`` nothing may be
+skipped, so there the same is a failure.
 
 Nothing here asserts how long something takes, and nothing sleeps to let something else happen: a
 test waits for what it wants to see, and fails at TIMEOUT. Random tests print their seed; ``SEED=``
@@ -17,6 +18,7 @@ in the environment plays it again.
 from __future__ import annotations
 
 import codecs
+import collections
 import contextlib
 import datetime
 import decimal
@@ -36,6 +38,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -43,6 +46,7 @@ import tempfile
 import threading
 import time
 import uuid
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -243,6 +247,8 @@ class Client:
         method: str = "GET",
         headers: Mapping[str, str] | None = None,
         receive_buffer: int | None = None,
+        protocol: str = "HTTP/1.1",
+        connection: socket.socket | None = None,
     ) -> None:
         self.body = bytearray()
         self.ended = False  # the server has ended the body, or closed the connection
@@ -252,14 +258,21 @@ class Client:
         self._events: deque[Event] = deque()
         self._head: tuple[int, list[tuple[str, str]]] | None = None
         self._chunked = False
-        self._socket = socket.socket()
+        self._socket = connection or socket.socket()
         self._socket.settimeout(TIMEOUT)
         if receive_buffer:  # bounded before the connection opens: the window never grows past it
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self._socket.connect(("127.0.0.1", port))
-        lines = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{port}"]
+        if connection is None:
+            self._socket.connect(("127.0.0.1", port))
+        lines = [f"{method} {path} {protocol}", f"Host: 127.0.0.1:{port}"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         self._socket.sendall("".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1"))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the server sees it come from."""
+        host, port = self._socket.getsockname()
+        return host, port
 
     @property
     def status(self) -> int:
@@ -294,9 +307,17 @@ class Client:
                 pytest.fail(f"the stream ended before {what}, after {self.body[-500:]!r}")
             self._receive(deadline, what)
 
+    def say(self, something: bytes) -> None:
+        """Send what no server has asked for."""
+        self._socket.sendall(something)
+
     def close(self) -> None:
         """Leave politely, with a FIN."""
         self._socket.close()
+
+    def half_close(self) -> None:
+        """Send a FIN, but go on listening."""
+        self._socket.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
         """Leave as a crashed program does, with a RST."""
@@ -384,7 +405,7 @@ NEEDS = {
     "waitress": ["waitress"],
 }
 KINDS = ["development", "sync", "gthread", "gevent", "waitress"]
-ADDRESS = re.compile(r"(?:Running on|Listening at:) http://127\.0\.0\.1:(\d+)")
+ADDRESS = re.compile(r"(?:Running on|Listening at:) https?://127\.0\.0\.1:(\d+)")
 
 # What no log may hold, whatever clients do.
 COMPLAINTS = re.compile("Traceback|Exception ignored|Error (on|handling) request|WORKER TIMEOUT")
@@ -756,7 +777,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 # =================================================================================================
-# 1. WIRE FORMAT
+# WIRE FORMAT
 # =================================================================================================
 
 
@@ -1017,7 +1038,7 @@ def test_parser_commits_an_id_at_the_blank_line() -> None:
 
 
 # =================================================================================================
-# 2. FAN-OUT
+# FAN-OUT
 # =================================================================================================
 
 
@@ -1568,8 +1589,31 @@ def test_bad_input_is_shown_in_short() -> None:
     assert len(str(caught.value)) < 500
 
 
+BROADCASTING_HANDLER = """
+import signal
+from sse_bouncer import EventBouncer
+
+bouncer = EventBouncer(history=1, maxsize=10**6)
+subscription = bouncer.subscribe()
+signal.signal(signal.SIGALRM, lambda *_: bouncer.broadcast("signal"))
+signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+for number in range(10_000):
+    bouncer.broadcast(number)
+signal.setitimer(signal.ITIMER_REAL, 0)
+bouncer.close()
+ids = [tuple(map(int, frame.split()[1].split("-"))) for frame in subscription]
+print(sum(one >= other for one, other in zip(ids, ids[1:])), "out of order")
+"""
+
+
+def test_fan_out_ids_increase_when_a_signal_handler_broadcasts() -> None:
+    """In the very middle of a broadcast of the thread that it interrupts."""
+    finished = run_python(BROADCASTING_HANDLER)
+    assert ("0 out of order\n", "") == (finished.stdout, finished.stderr)
+
+
 # =================================================================================================
-# 3. RESPONSE
+# RESPONSE
 # =================================================================================================
 
 
@@ -2046,6 +2090,1201 @@ def test_server_sends_a_generators_headers_before_its_first_item(
 
 
 # =================================================================================================
+# HUB
+#
+# A stream holds no worker: under the four servers that hand out their connections, thousands of
+# streams cost one thread. And a stream costs nobody else anything, whatever its client does.
+# =================================================================================================
+
+HUBS = ["development", "sync", "gthread", "gevent"]  # the servers that hand out their connections
+MANY = 1_000
+
+# The app of SERVERS, with middleware and hooks around it, and ways to look at its process.
+HUB_APP = (
+    APP
+    + '''
+import gc, logging, resource, sys, time, zlib
+from flask import Response
+import sse_bouncer
+
+seen = {}  # by path: what middleware and teardown functions saw of the last request
+
+class Watched:
+    """A body as middleware passes it on."""
+
+    def __init__(self, chunks, sight, compressor):
+        self.chunks, self.sight, self.compressor = chunks, sight, compressor
+
+    def __iter__(self):
+        for chunk in self.chunks:
+            self.sight["bytes"] += len(chunk)
+            if self.compressor and chunk:
+                chunk = self.compressor.compress(chunk)
+                chunk += self.compressor.flush(zlib.Z_SYNC_FLUSH)
+            yield chunk
+        if self.compressor:
+            yield self.compressor.flush()
+
+    def close(self):
+        if hasattr(self.chunks, "close"):
+            self.chunks.close()
+        self.sight["closed"] = True
+
+def middleware(wsgi):
+    def call(environ, start_response):
+        sight = seen[environ["PATH_INFO"]] = {"bytes": 0, "closed": False, "teardown": None}
+        query = environ["QUERY_STRING"]
+        if "http2" in query:
+            environ["SERVER_PROTOCOL"] = "HTTP/2"
+        added = [("X-Middleware", "yes")]
+        if "deflate" in query:
+            added.append(("Content-Encoding", "deflate"))
+        def start(status, headers, exc_info=None):
+            sight["status"] = status
+            return start_response(status, headers + added, exc_info)
+        compressor = zlib.compressobj() if "deflate" in query else None
+        return Watched(wsgi(environ, start), sight, compressor)
+    return call
+
+app.wsgi_app = middleware(app.wsgi_app)
+
+@app.after_request
+def after(response):
+    response.headers["X-After"] = "yes"
+    response.headers["X-Pid"] = str(os.getpid())
+    response.set_cookie("first", "1")
+    response.set_cookie("second", "2")
+    change = request.args.get("change")
+    if change == "status":
+        response.status_code = 201
+    if change == "body":
+        response.response = (chunk for chunk in response.response)
+    return response
+
+@app.teardown_request
+def teardown(error):
+    seen[request.path]["teardown"] = repr(error)
+
+@app.get("/seen/<path:path>")
+def look(path):
+    return seen["/" + path]
+
+@app.route("/respond/<name>", methods=["GET", "POST"])
+def respond(name):
+    return sse_response(bouncers[name].subscribe())
+
+@app.get("/primed/<name>")
+def primed(name):
+    """A stream that holds something before it begins, and may have ended already."""
+    response = sse_response(bouncers[name].subscribe("primed"))
+    bouncers[name].broadcast("first")
+    bouncers[name].broadcast("second")
+    if request.args.get("end"):
+        bouncers[name].close("primed")
+    return response
+
+class Hostile(str):
+    """A channel that breaks in the hub's thread only."""
+    def __hash__(self):
+        if threading.current_thread().name == "sse_bouncer":
+            raise RuntimeError("hostile")
+        return super().__hash__()
+
+@app.get("/hostile/<name>")
+def hostile(name):
+    subscription = bouncers[name].subscribe("channel")
+    subscription.channels = (Hostile("channel"),)
+    return sse_response(subscription)
+
+@app.get("/threads")
+def threads():
+    return [thread.name for thread in threading.enumerate()]
+
+@app.get("/peak-memory")
+def peak_memory():
+    """In bytes; Linux counts in units of 1,024."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+@app.post("/frame/<name>/<int:count>")
+def frame(name, count):
+    """One frame, made before, so that nothing slows the loop down."""
+    one = sse_bouncer.format_sse("x" * int(request.args["size"]))
+    for _ in range(count):
+        bouncers[name].broadcast(one)
+    return {}
+
+# A busy process.
+
+turns = [0]
+busy = []
+
+@app.post("/busy/<int:on>")
+def make_busy(on):
+    busy[:] = [True] * on
+    def work():
+        while busy:
+            turns[0] += 1
+    if on:
+        threading.Thread(target=work, daemon=True).start()
+    return {}
+
+@app.get("/turns")
+def count_turns():
+    return {"turns": turns[0]}
+
+# Broadcasts from where one would not expect them.
+
+class Finaliser:
+    def __init__(self, name, number):
+        self.own = self  # only the collector finds it, when and where that happens to run
+        self.name, self.number = name, number
+
+    def __del__(self):
+        bouncers[self.name].broadcast(self.number)
+
+@app.post("/finalisers/<name>/<int:count>")
+def finalisers(name, count):
+    for number in range(count):
+        Finaliser(name, number)
+    gc.collect()
+    return {}
+
+mine = threading.Lock()
+in_handler = threading.Event()
+
+class Handler(logging.Handler):
+    """Tells a bouncer what the module logs; takes a lock that its app holds elsewhere too."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def emit(self, record):
+        in_handler.set()
+        with mine:
+            bouncers[self.name].broadcast(record.levelname)
+
+@app.post("/handler/<name>")
+def add_handler(name):
+    in_handler.clear()
+    sse_bouncer.logger.addHandler(Handler(name))
+    return {}
+
+@app.delete("/handler/<name>")
+def remove_handlers(name):
+    sse_bouncer.logger.handlers.clear()
+    return {}
+
+@app.post("/hold-lock/<name>")
+def hold_lock(name):
+    """Broadcast more than the hub has room for, while the hub waits for a lock that is held."""
+    with mine:
+        bouncers[name].broadcast("locked")
+        in_handler.wait()
+        bouncers[name].broadcast("far ahead".rjust(2 * 65536))
+    return {}
+
+# What breaks in the system below: reading fails in a way that no one has thought of.
+
+read = os.read
+
+def hostile_read(fd, size):
+    data = read(fd, size)
+    if b"BOOM" in data:
+        raise RuntimeError("boom")
+    return data
+
+os.read = hostile_read
+
+@app.post("/descriptors/<int:more>")
+def limit_descriptors(more):
+    """Let the process have so many more descriptors than it has now; 0 is what there may be."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limit = len(os.listdir("/proc/self/fd")) + more if more else min(hard, 4096)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return {}
+
+@app.get("/options/<int:port>")
+def options(port):
+    """The options of the process's connection to a port: its name, and value."""
+    import socket
+    wanted = {"SOL_SOCKET": ["SO_SNDBUF", "SO_KEEPALIVE"],
+              "IPPROTO_TCP": ["TCP_NODELAY", "TCP_KEEPIDLE", "TCP_USER_TIMEOUT"]}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            copy = socket.socket(fileno=os.dup(int(fd)))
+        except OSError:
+            continue
+        with copy:
+            try:
+                found = copy.getpeername()[1] == port
+            except (OSError, IndexError):
+                continue
+            if found:
+                return {
+                    option: copy.getsockopt(getattr(socket, level), getattr(socket, option))
+                    for level, names in wanted.items() for option in names
+                }
+
+@app.post("/fork")
+def fork():
+    """Fork, and return the port at which the child serves the same app."""
+    from werkzeug.serving import make_server
+    ear, mouth = os.pipe()
+    if os.fork() == 0:
+        server = make_server("127.0.0.1", 0, app, threaded=True)
+        os.write(mouth, b"%d" % server.port)
+        server.serve_forever()
+    return {"port": int(read(ear, 100))}
+'''
+)
+
+
+def allow_descriptors() -> None:
+    """Raise the soft limit of this process, and so of those it starts, to what MANY take."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2 * MANY:
+        go_without(f"a limit of {2 * MANY} descriptors")
+    if soft != resource.RLIM_INFINITY and soft < 2 * MANY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2 * MANY, hard))
+
+
+@pytest.fixture(scope="module", params=HUBS)
+def hub(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server with one worker, and that as small as can be: a stream that held it would show."""
+    options = {"gthread": ["--threads", "1"]}.get(request.param, [])
+    if request.param != "development":
+        options += ["--access-logfile", "-"]
+    allow_descriptors()
+    with serve(request.param, HUB_APP, *options) as server:
+        yield server
+
+
+def quiet(server: Server, **options: object) -> Remote:
+    """Make a bouncer without heartbeats: what is noticed is noticed by itself."""
+    return Remote(server, **{"heartbeat": None, **options})
+
+
+def open_streams(bouncer: Remote, count: int) -> list[Client]:
+    """Open many streams, and wait until all are the hub's."""
+    clients: list[Client] = []
+    while len(clients) < count:
+        # No more at once than wait for the development server to accept them.
+        for _ in range(min(count - len(clients), 100)):
+            clients.append(bouncer.server.client(f"/subscribe/{bouncer.name}"))
+        wait_until(lambda: bouncer.stats()["detached"] == len(clients), "they are detached")
+    return clients
+
+
+only_development = pytest.mark.parametrize("hub", ["development"], indirect=True)
+# Where a stream that goes through the server leaves it able to do something else.
+concurrent = pytest.mark.parametrize("hub", ["development", "gevent"], indirect=True)
+
+
+def test_hub_many_streams_hold_no_worker(hub: Server) -> None:
+    """Beside 1,000 streams the only worker answers, and there is no thread more than with one.
+
+    When they have left, there is nothing left of them.
+    """
+    bouncer = quiet(hub)
+    open_streams(bouncer, 1)  # with what the first stream ever has set up
+    hub.close_clients()
+    bouncer.wait_until_left()
+    log, descriptors, threads = hub.log(), hub.count("fd"), hub.count("task")
+    clients = open_streams(bouncer, MANY)
+    assert MANY == bouncer.stats()["subscribers"]
+    wait_until(lambda: hub.count("task") <= threads, "the requests' threads end")
+    bouncer.broadcast("hi")
+    for client in clients:
+        assert Event("hi") == client.event()
+    hub.close_clients()
+    bouncer.wait_until_left()
+    wait_until(lambda: hub.count("fd") <= descriptors, "the descriptors are closed")
+    odd = re.compile(r'^(?!127\.0\.0\.1 - - \[[^]]*\] "(GET|POST) /\S* HTTP/1.1" 200 ).*\n', re.M)
+    assert [] == odd.findall(hub.log().removeprefix(log))
+
+
+def test_hub_first_streams_at_once(hub: Server) -> None:
+    """However many first streams there are at once, one hub is started, and none gets lost."""
+    kind = hub.kind
+    with serve(kind, HUB_APP) as server:
+        bouncer = quiet(server)
+        start = threading.Barrier(20)
+
+        def connect() -> Client:
+            start.wait()
+            return server.client(f"/subscribe/{bouncer.name}")
+
+        for task in [Task(connect) for _ in range(20)]:
+            client = task.result()
+            client.wait_until(lambda c=client: bool(c.body), "the opening")  # type: ignore[misc]
+        assert 20 == bouncer.stats()["detached"]
+        assert 1 == server.get("/threads").count("sse_bouncer")
+
+
+def test_hub_sends_what_the_app_and_middleware_have_set(hub: Server) -> None:
+    client = quiet(hub).client()
+    assert {("x-after", "yes"), ("x-middleware", "yes")} <= set(client.headers)
+    cookies = [value for name, value in client.headers if name == "set-cookie"]
+    assert ["first=1; Path=/", "second=2; Path=/"] == cookies
+    names = Counter(name for name, _ in client.headers if name != "set-cookie")
+    assert {1} == set(names.values())
+    assert {"date", "connection"} <= set(names)
+    assert not {"content-length", "transfer-encoding"} & set(names)
+
+
+def test_hub_hands_over_what_a_subscriber_holds(hub: Server) -> None:
+    bouncer = quiet(hub)
+    client = hub.client(f"/primed/{bouncer.name}")
+    assert 200 == client.status
+    assert 1 == bouncer.stats()["detached"]
+    bouncer.broadcast("third")
+    assert [Event("first"), Event("second"), Event("third")] == client.events(3)
+
+
+def test_hub_hands_over_who_has_ended(hub: Server) -> None:
+    """It gets what it holds, and then the end."""
+    client = hub.client(f"/primed/{quiet(hub).name}?end=now")
+    assert [Event("first"), Event("second")] == client.wait_end()
+
+
+def test_hub_server_sees_a_short_and_normal_request(hub: Server) -> None:
+    """Middleware, teardown functions and the access log do, while the stream goes on."""
+    bouncer = quiet(hub)
+    client = bouncer.client()
+    path = f"/subscribe/{bouncer.name}"
+    expected = {"status": "200 OK", "bytes": 0, "closed": True, "teardown": "None"}
+    wait_until(lambda: hub.get(f"/seen{path}") == expected, "the request has ended")
+    hub.wait_for_log(rf'"GET {path} HTTP/1.1" 200 ')
+    bouncer.broadcast("hi")
+    assert Event("hi") == client.event()
+
+
+# What leaves a stream to the server: the method, the query, and the bouncer's options.
+FALL_BACKS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "the bouncer is told not to": ("GET", "", {"detach": False}),
+    "method": ("POST", "", {}),
+    "status": ("GET", "?change=status", {}),
+    "HTTP/2": ("GET", "?http2", {}),
+    "body wrapped": ("GET", "?change=body", {}),
+    "compressed by middleware": ("GET", "?deflate", {}),
+}
+SENT = b":\ndata: hi\n\n"  # whichever way it goes
+
+
+@concurrent
+@pytest.mark.parametrize(
+    ("method", "query", "options"), FALL_BACKS.values(), ids=list(FALL_BACKS)
+)
+def test_hub_leaves_to_the_server(
+    hub: Server, method: str, query: str, options: dict[str, object]
+) -> None:
+    bouncer = quiet(hub, **options)
+    client = hub.client(f"/respond/{bouncer.name}{query}", method=method)
+    assert client.status in (200, 201)
+    assert (1, 0) == (bouncer.stats()["subscribers"], bouncer.stats()["detached"])
+    bouncer.broadcast("hi")
+    bouncer.close()
+    client.wait_end()
+    assert client.whole
+    compressed = ("content-encoding", "deflate") in client.headers
+    assert SENT == (zlib.decompress(client.body) if compressed else client.body)
+
+
+@concurrent
+def test_hub_sends_the_head_that_the_server_would(hub: Server) -> None:
+    """But for the date, and for how the server frames the body."""
+    own = {"date", "server", "connection", "transfer-encoding"}
+    heads = [
+        [pair for pair in quiet(hub, detach=detach).client().headers if pair[0] not in own]
+        for detach in (True, False)
+    ]
+    assert sorted(heads[1]) == sorted(heads[0])
+
+
+def test_hub_head_leaves_nothing_behind(hub: Server) -> None:
+    bouncer = quiet(hub)
+    client = hub.client(f"/respond/{bouncer.name}", method="HEAD")
+    assert 200 == client.status
+    bouncer.wait_until_left()
+    assert b"" == client.body
+
+
+def test_hub_takes_over_http_1_0(hub: Server) -> None:
+    bouncer = quiet(hub)
+    client = bouncer.client(protocol="HTTP/1.0")
+    assert 200 == client.status
+    assert 1 == bouncer.stats()["detached"]
+    bouncer.broadcast("hi")
+    bouncer.close()
+    client.wait_end()
+    assert SENT == client.body
+
+
+@pytest.mark.parametrize("kind", ["sync", "gthread", "gevent"])
+def test_hub_takes_over_a_unix_socket(kind: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with serve(kind, APP, "--bind", f"unix:{path}") as server:
+        bouncer = quiet(server)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(path)
+        client = server.client(f"/subscribe/{bouncer.name}", connection=connection)
+        assert 200 == client.status
+        assert 1 == bouncer.stats()["detached"]
+        bouncer.broadcast("hi")
+        bouncer.close()
+        client.wait_end()
+        assert SENT == client.body
+
+
+@pytest.mark.parametrize("kind", ["development", "gthread", "gevent"])
+def test_hub_leaves_tls_to_the_server(kind: str, tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
+    subprocess.run(
+        [need_program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-noenc", "-days", "2"]
+        + ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+        + ["-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
+    names = ["--cert", "--key"] if kind == "development" else ["--certfile", "--keyfile"]
+    with serve(kind, APP, names[0], certificate, names[1], key) as server:
+        context = ssl.create_default_context(cafile=certificate)
+
+        def client(path: str, method: str = "GET", body: bytes = b"") -> Client:
+            plain = socket.create_connection(("127.0.0.1", server.port), TIMEOUT)
+            tls = context.wrap_socket(plain, server_hostname="127.0.0.1")
+            headers = {"Connection": "close", "Content-Type": "application/json"}
+            headers["Content-Length"] = str(len(body))
+            opened = server.client(path, method=method, headers=headers, connection=tls)
+            opened.say(body)
+            return opened
+
+        def ask(path: str, method: str = "GET", body: bytes = b"") -> Any:
+            answer = client(path, method, body)
+            answer.wait_until(lambda: answer.body.endswith(b"}\n"), "the answer")
+            answer.close()
+            return json.loads(answer.body)
+
+        ask("/new/tls", "POST", b"{}")
+        stream = client("/subscribe/tls")
+        assert 200 == stream.status
+        stats = ask("/stats/tls")
+        assert (1, 0) == (stats["subscribers"], stats["detached"])
+        ask("/broadcast/tls", "POST", b'[{"msg": "hi"}]')
+        ask("/close/tls", "POST")
+        stream.wait_end()
+        assert SENT == stream.body
+
+
+def test_hub_leaves_waitress_its_connections() -> None:
+    with serve("waitress", APP) as server:
+        bouncer = quiet(server)
+        client = bouncer.client()
+        bouncer.broadcast("hi")  # before which waitress does not send the head
+        assert 200 == client.status
+        assert 0 == bouncer.stats()["detached"]
+        bouncer.close()
+        client.wait_end()
+        assert SENT == client.body
+
+
+COMPRESSED = (
+    APP
+    + """
+from flask_compress import Compress
+app.config["COMPRESS_MIMETYPES"] = ["text/event-stream"]
+Compress(app)
+"""
+)
+
+
+def test_hub_leaves_what_flask_compress_has_wrapped() -> None:
+    need("flask_compress")
+    with serve("development", COMPRESSED) as server:
+        bouncer = quiet(server)
+        client = bouncer.client(headers={"Accept-Encoding": "deflate"})
+        assert 200 == client.status
+        assert 0 == bouncer.stats()["detached"]
+        bouncer.broadcast("hi")
+        bouncer.close()
+        client.wait_end()
+        assert ("content-encoding", "deflate") in client.headers
+        assert SENT == zlib.decompress(client.body)
+
+
+def test_hub_leaves_the_test_client_alone() -> None:
+    bouncer = EventBouncer()
+    with app_of(bouncer.stream).test_client().get("/"):
+        assert (1, 0) == (bouncer.stats()["subscribers"], bouncer.stats()["detached"])
+
+
+def test_hub_leaves_windows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor that the app is given there is no socket's."""
+    bouncer = EventBouncer()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        environ = {**create_environ("/"), "werkzeug.socket": ours}
+        app = app_of(bouncer.stream)
+        monkeypatch.setattr(sys, "platform", "win32")
+        body = app(environ, lambda status, headers, exc_info=None: lambda data: None)
+        monkeypatch.undo()
+        assert b":\n" == next(iter(body))
+        assert (1, 0) == (bouncer.stats()["subscribers"], bouncer.stats()["detached"])
+
+
+def test_hub_sends_without_ctypes() -> None:
+    """Where Python is built without it, the same arrives."""
+    with serve("development", "import sys; sys.modules['ctypes'] = None\n" + APP) as server:
+        bouncer = quiet(server)
+        stalled = bouncer.client(receive_buffer=4096)
+        others = [bouncer.client() for _ in range(3)]
+        for first in range(0, 300, 15):
+            server.post(f"/burst/{bouncer.name}/15?size=16384&first={first}")
+            for other in others:
+                assert list(range(first, first + 15)) == [int(e.data) for e in other.events(15)]
+        wait_until(lambda: bouncer.stats()["dropped"] == 1, "the stalled client is dropped")
+        numbers = [int(event.data) for event in stalled.wait_end()]
+        assert list(range(len(numbers))) == numbers
+        assert len(numbers) >= 16
+
+
+# -- fork -----------------------------------------------------------------------------------------
+
+PRELOADED = '''
+import os
+from flask import Flask
+from sse_bouncer import EventBouncer
+
+app = Flask(__name__)
+bouncer = EventBouncer(heartbeat=None)
+
+@app.get("/")
+def subscribe():
+    response = bouncer.stream()
+    response.headers["X-Pid"] = str(os.getpid())
+    return response
+
+@app.post("/")
+def publish():
+    bouncer.broadcast(os.getpid())
+    return str(os.getpid())
+'''
+
+
+@pytest.mark.parametrize("kind", ["sync", "gthread", "gevent"])
+def test_hub_of_each_worker_of_a_preloaded_app(kind: str) -> None:
+    """Who is subscribed in one worker gets what is broadcast there, and nothing else."""
+    with serve(kind, PRELOADED, "--preload", "--workers", "2") as server:
+        clients: dict[str, list[Client]] = collections.defaultdict(list)
+        published: Counter[str] = Counter()
+
+        def both_serve() -> bool:
+            client = server.client("/")
+            clients[dict(client.headers)["x-pid"]].append(client)
+            return len(clients) == 2
+
+        def both_publish() -> bool:
+            published[server.post("/")] += 1
+            return len(published) == 2
+
+        wait_until(both_serve, "both workers have a stream")
+        wait_until(both_publish, "both workers broadcast")
+        assert clients.keys() == published.keys()
+        for pid, own in clients.items():
+            for client in own:
+                assert [Event(pid)] * published[pid] == client.events(published[pid])
+        server.stop()
+        for client in itertools.chain.from_iterable(clients.values()):
+            assert Counter() == Counter(client.wait_end())
+
+
+@pytest.fixture
+def forked() -> Iterator[tuple[Remote, Client, Remote]]:
+    """A bouncer with a detached stream, that stream's client, and the bouncer in a fork's child."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this platform has no fork")
+    with serve("development", "import warnings; warnings.simplefilter('ignore')\n" + HUB_APP) as s:
+        parent = quiet(s)
+        client = parent.client()
+        assert 200 == client.status
+        assert 1 == parent.stats()["detached"]
+        child = quiet(s)
+        child.name = parent.name
+        child.server = Server.__new__(Server)
+        child.server.__dict__.update(s.__dict__, port=s.post("/fork")["port"])
+        yield parent, client, child
+
+
+def test_hub_child_begins_with_no_stream(forked: tuple[Remote, Client, Remote]) -> None:
+    _, _, child = forked
+    assert (0, 0) == (child.stats()["subscribers"], child.stats()["detached"])
+
+
+def test_hub_child_has_one_of_its_own(forked: tuple[Remote, Client, Remote]) -> None:
+    """What is broadcast in one of the two processes arrives at its own clients alone."""
+    parent, parents, child = forked
+    childs = child.client()
+    assert 200 == childs.status
+    assert 1 == child.stats()["detached"]
+    child.broadcast("child")
+    parent.broadcast("parent")
+    assert Event("child") == childs.event()
+    assert Event("parent") == parents.event()
+    child.close()
+    parent.close()
+    assert [[], []] == [childs.wait_end(), parents.wait_end()]
+
+
+def test_hub_child_holds_no_connection_of_its_parent(
+    forked: tuple[Remote, Client, Remote],
+) -> None:
+    """The parent is killed, its child lives on: the parent's clients see the end."""
+    parent, client, child = forked
+    parent.server.stop(signal.SIGKILL)
+    client.wait_end()
+    assert 0 == child.stats()["subscribers"]
+
+
+# -- slow and dead clients ------------------------------------------------------------------------
+
+
+def test_hub_stalled_client_costs_the_kernel_little(hub: Server) -> None:
+    """One that reads nothing is dropped before a megabyte is under way to it."""
+    bouncer = quiet(hub)
+    stalled = bouncer.client(receive_buffer=4096)
+    hub.post(f"/burst/{bouncer.name}/1000?size=1024")
+    wait_until(lambda: bouncer.stats()["dropped"] == 1, "the stalled client is dropped")
+    assert 0 == bouncer.stats()["subscribers"]
+    numbers = [int(event.data) for event in stalled.wait_end()]
+    assert list(range(len(numbers))) == numbers
+    assert stalled.whole
+
+
+@pytest.mark.parametrize("leave", [Client.close, Client.reset, Client.half_close])
+def test_hub_sees_a_client_leave(hub: Server, leave: Callable[[Client], None]) -> None:
+    """At once: there is no heartbeat, and no event, that would find out."""
+    bouncer = quiet(hub)
+    client, other = bouncer.client(), bouncer.client()
+    leave(client)
+    wait_until(lambda: bouncer.stats()["subscribers"] == 1, "the leaver is gone")
+    bouncer.broadcast("hi")
+    assert Event("hi") == other.event()
+
+
+def test_hub_half_closed_client_sees_the_end(hub: Server) -> None:
+    client = quiet(hub).client()
+    client.half_close()
+    assert [] == client.wait_end()
+
+
+# What a client may send after its request, and go on: little, or what looks like a request.
+SAYINGS = {
+    "garbage": b"\x00\xff" * 1000,
+    "request": b"GET /threads HTTP/1.1\r\nHost: x\r\n\r\n",
+    "post": b"POST /close/nobody HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello",
+    "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+}
+
+
+@pytest.mark.parametrize("saying", SAYINGS.values(), ids=list(SAYINGS))
+def test_hub_takes_no_notice_of_what_a_client_says(hub: Server, saying: bytes) -> None:
+    bouncer = quiet(hub)
+    client = bouncer.client()
+    client.say(saying)
+    bouncer.broadcast("hi")
+    assert Event("hi") == client.event()
+    bouncer.close()
+    client.wait_end()
+    assert SENT == client.body
+
+
+@pytest.mark.parametrize("saying", SAYINGS.values(), ids=list(SAYINGS))
+def test_hub_takes_no_notice_of_what_came_with_the_request(hub: Server, saying: bytes) -> None:
+    """A pipelined request, or what is none, that the server has read along with the first."""
+    bouncer = quiet(hub)
+    connection = socket.create_connection(("127.0.0.1", hub.port))
+    head = f"GET /subscribe/{bouncer.name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    connection.sendall(head + saying)
+    with connection:
+        wait_until(lambda: bouncer.stats()["detached"] == 1, "the stream is detached")
+        bouncer.broadcast("hi")
+        bouncer.close()
+        connection.settimeout(TIMEOUT)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert SENT == received.partition(b"\r\n\r\n")[2]
+
+
+def test_hub_cuts_off_who_says_too_much(hub: Server) -> None:
+    """And nobody else: in pieces, as one that means no harm could send them."""
+    bouncer = quiet(hub)
+    client, other = bouncer.client(), bouncer.client()
+
+    def is_cut_off() -> bool:
+        with contextlib.suppress(ConnectionError):
+            client.say(b"blah" * 256)
+        return bouncer.stats()["subscribers"] == 1
+
+    wait_until(is_cut_off, "the talker is cut off")
+    client.wait_end()
+    bouncer.broadcast("hi")
+    assert Event("hi") == other.event()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@only_development
+def test_hub_asks_the_kernel_to_watch_the_peer(hub: Server) -> None:
+    client = quiet(hub).client()
+    options = hub.get(f"/options/{client.address[1]}")
+    assert options.pop("SO_SNDBUF") <= 2 * 64 * 1024  # Linux doubles what it is given
+    expected = {"SO_KEEPALIVE": 1, "TCP_NODELAY": 1, "TCP_KEEPIDLE": 30, "TCP_USER_TIMEOUT": 30_000}
+    assert expected == options
+
+
+# A network of its own that can be taken down: a peer vanishes without a word.
+VANISHED = """
+import fcntl, socket, struct, sys, threading, time
+import sse_bouncer
+from flask import Flask
+from werkzeug.serving import make_server
+
+def loopback(flags):  # SIOCSIFFLAGS; 1 is up
+    with socket.socket() as s:
+        fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", b"lo", flags))
+
+# One second where it is thirty: the kernel counts them.
+quick = {socket.TCP_KEEPIDLE: 1, socket.TCP_USER_TIMEOUT: 1000}
+sse_bouncer._OPTIONS = tuple((l, o, quick.get(o, v)) for l, o, v in sse_bouncer._OPTIONS)
+
+loopback(1)
+app = Flask("app")
+bouncer = sse_bouncer.EventBouncer(heartbeat=0.2)
+app.add_url_rule("/", view_func=bouncer.stream)
+server = make_server("127.0.0.1", 0, app, threaded=True)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+client = socket.create_connection(("127.0.0.1", server.port))
+client.sendall(b"GET / HTTP/1.1\\r\\n\\r\\n")
+client.recv(1)
+while not bouncer.stats()["detached"]:
+    time.sleep(0.01)
+loopback(0)
+while bouncer.subscribers:
+    time.sleep(0.01)
+print("reaped")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes a network of its own")
+def test_hub_reaps_a_peer_that_has_vanished() -> None:
+    """Its machine has lost power, or its network: no FIN, no RST, no answer."""
+    unshare = [need_program("unshare"), "--map-root-user", "--net"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        go_without("the right to a network of one's own")
+    finished = subprocess.run(
+        [*unshare, sys.executable, "-c", VANISHED],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert "reaped\n" == finished.stdout, finished.stderr
+
+
+def fill(bouncer: Remote) -> list[Client]:
+    """Open streams until the server has no descriptor to spare; return those let in."""
+    clients: list[Client] = []
+    refused = 0
+    while refused < 3:  # one may be let in yet: other connections have just been closed
+        if (client := come(bouncer)) is None:
+            refused += 1
+        else:
+            clients.append(client)
+    return clients
+
+
+def come(bouncer: Remote) -> Client | None:
+    """Return a client that was let in, or None."""
+    client = bouncer.server.client(f"/subscribe/{bouncer.name}")
+    client.wait_until(lambda: bool(client.body), "the opening")
+    assert 200 == client.status
+    if client.body == b"retry: 4321\n":
+        return client
+    assert [] == client.wait_end()
+    assert b"retry: 4321\n: this process has no descriptor to spare\n" == client.body
+    client.close()
+    return None
+
+
+@contextlib.contextmanager
+def few_descriptors(server: Server) -> Iterator[None]:
+    server.post("/descriptors/60")
+    try:
+        yield
+    finally:
+        server.close_clients()
+        server.post("/descriptors/0")
+
+
+def test_hub_at_the_limit_of_descriptors(hub: Server) -> None:
+    """Those beyond it are told to come back, the others lose nothing, and there is room again.
+
+    The log says so once.
+    """
+    bouncer = quiet(hub, retry=4321)
+    with few_descriptors(hub):
+        clients = fill(bouncer)
+        assert 1 == hub.log().count("for want of descriptors")
+        assert len(clients) == bouncer.stats()["detached"] == bouncer.stats()["subscribers"]
+        for _ in range(5):
+            clients.pop().close()
+        wait_until(lambda: bouncer.stats()["detached"] == len(clients), "there is room")
+        wait_until(lambda: come(bouncer), "somebody is let in")
+        bouncer.broadcast("hi")
+        for client in clients:
+            assert Event("hi") == client.event()
+
+
+@pytest.mark.parametrize("hub", ["development", "gthread", "gevent"], indirect=True)
+def test_hub_leaves_the_server_descriptors(hub: Server) -> None:
+    """Streams take no more than leaves some for ordinary connections, also for idle ones."""
+    bouncer = quiet(hub, retry=4321)
+    with few_descriptors(hub), contextlib.ExitStack() as stack:
+        clients = fill(bouncer)
+        for _ in range(3):
+            idle = socket.create_connection(("127.0.0.1", hub.port), TIMEOUT)
+            stack.enter_context(idle)
+        assert len(clients) == bouncer.stats()["detached"]
+
+
+# -- one order ------------------------------------------------------------------------------------
+
+
+def test_hub_one_order_while_clients_come_and_go(hub: Server, rng: random.Random) -> None:
+    """Whatever clients do, each sees an unbroken piece of one order, and only its own channels.
+
+    Descriptors are reused all the time here, by clients of other channels.
+    """
+    bouncer = quiet(hub, maxsize=1000)
+    open_streams(bouncer, 1)
+    hub.close_clients()
+    bouncer.wait_until_left()
+    descriptors = hub.count("fd")
+    threads = hub.count("task")
+    sets = [("a",), ("b",), ("a", "b"), ()]
+    queries = {channels: "?" + "&".join(f"channel={c}" for c in channels) for channels in sets}
+    steady = [bouncer.client(queries["a", "b"]) for _ in range(3)]
+    readers = [Task(lambda c=c: c.wait_end()) for c in steady]  # type: ignore[misc]
+    over = threading.Event()
+
+    def visit(seed: int) -> list[tuple[tuple[str, ...], list[str]]]:
+        own = random.Random(seed)
+        visits = []
+        while not over.is_set():
+            channels = own.choice(sets)
+            path = f"/subscribe/{bouncer.name}{queries[channels]}"
+            client = Client(hub.port, path, receive_buffer=own.choice([None, 4096]))
+            seen = []
+            if own.random() < 0.8:
+                assert 200 == client.status
+                seen = client.events(own.choice([0, 1, 3, 10])) if not over.is_set() else []
+            how = own.choice(["close", "reset", "say", "half-close"])
+            if how == "say":
+                with contextlib.suppress(ConnectionError):
+                    client.say(b"blah" * own.randrange(20_000))
+            if how == "half-close":
+                client.half_close()
+                seen += client.wait_end()
+            client.reset() if how == "reset" else client.close()
+            visits.append((channels, [event.data for event in seen]))
+        return visits
+
+    def publish(seed: int) -> list[str]:
+        own = random.Random(seed)
+        sent = []
+        for number in range(40):
+            channel = own.choice([None, "a", "b"])
+            texts = [f"{channel} {seed} {number} {i}" for i in range(own.choice([1, 1, 20]))]
+            bouncer.broadcast(*texts, channel=channel)
+            sent += texts
+        return sent
+
+    seeds = [rng.randrange(10**9) for _ in range(14)]
+    visitors = [Task(lambda s=seed: visit(s)) for seed in seeds[:12]]  # type: ignore[misc]
+    publishers = [Task(lambda s=seed: publish(s)) for seed in seeds[12:]]  # type: ignore[misc]
+    sent = list(itertools.chain.from_iterable(task.result() for task in publishers))
+    over.set()
+    last = [f"None over {number}" for number in range(10)]  # for those who wait for some more
+    bouncer.broadcast(*last)
+    visits = list(itertools.chain.from_iterable(task.result() for task in visitors))
+    bouncer.close()
+    order, *others = [[event.data for event in reader.result()] for reader in readers]
+    hub.close_clients()
+    assert [order] * 2 == others
+    assert Counter(sent + last) == Counter(order)
+    for channels in sets:
+        told = [data for data in order if data.split()[0] in ("None", *channels)]
+        position = {data: index for index, data in enumerate(told)}
+        for seen in [seen for its, seen in visits if its == channels and seen]:
+            start = position[seen[0]]
+            assert told[start : start + len(seen)] == seen
+    bouncer.wait_until_left()
+    wait_until(lambda: hub.count("fd") <= descriptors, "the descriptors are closed")
+    wait_until(lambda: hub.count("task") <= threads, "the threads have ended")
+
+
+# -- publishers -----------------------------------------------------------------------------------
+
+# Each event must wake the hub by itself: the next is not broadcast before it has arrived.
+PING_PONG = """
+import socket, sys, threading
+from flask import Flask
+from werkzeug.serving import WSGIRequestHandler, make_server
+from sse_bouncer import EventBouncer
+
+WSGIRequestHandler.log_request = lambda *_: None
+app = Flask("app")
+bouncers = [EventBouncer(heartbeat=None) for _ in range(4)]
+app.add_url_rule("/<int:n>", "stream", lambda n: bouncers[n].stream())
+server = make_server("127.0.0.1", 0, app, threaded=True)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+
+def play(n):
+    client = socket.create_connection(("127.0.0.1", server.port), float(sys.argv[1]))
+    client.sendall(b"GET /%d HTTP/1.1\\r\\n\\r\\n" % n)
+    stream = client.makefile("rb")
+    while stream.readline() != b":\\n":
+        pass
+    for number in range(1000):
+        bouncers[n].broadcast(number)
+        assert (b"data: %d\\n" % number, b"\\n") == (stream.readline(), stream.readline())
+    print("played\\n", end="")  # in one piece
+
+sys.setswitchinterval(1e-6)  # threads are interrupted wherever they can be
+players = [threading.Thread(target=play, args=[n]) for n in range(4)]
+for player in players:
+    player.start()
+for player in players:
+    player.join()
+"""
+
+
+def test_hub_misses_no_wake_up() -> None:
+    """Four publishers play with the hub, each of them a ball of its own."""
+    finished = run_python(PING_PONG, str(TIMEOUT / 2))
+    assert ("played\n" * 4, "") == (finished.stdout, finished.stderr)
+
+
+
+@pytest.mark.parametrize("hub", ["development", "sync", "gthread"], indirect=True)
+def test_hub_in_a_busy_process(hub: Server) -> None:
+    """With a thread that never pauses, nothing is lost, and that thread goes on too."""
+    bouncer = quiet(hub)
+    clients = open_streams(bouncer, 50)
+    hub.post("/busy/1")
+    try:
+        before = hub.get("/turns")["turns"]
+        hub.post(f"/burst/{bouncer.name}/500")
+        expected = [Event(str(number)) for number in range(500)]
+        for client in clients:
+            assert expected == client.events(500)
+        assert hub.get("/turns")["turns"] > before
+    finally:
+        hub.post("/busy/0")
+    assert 0 == bouncer.stats()["dropped"]
+
+
+@pytest.mark.parametrize(("size", "count"), [(64, 20_000), (64 * 1024, 1_000)])
+def test_hub_holds_back_a_publisher_in_a_loop(hub: Server, size: int, count: int) -> None:
+    """It cannot get so far ahead of the hub that it fills the memory, and nothing is lost.
+
+    The clients only count, and may fall behind: they are not what it waits for.
+    """
+    bouncer = quiet(hub, maxsize=count)
+
+    def read(connection: socket.socket) -> int:
+        head, _, rest = connection.recv(4096).partition(b"\r\n\r\n")
+        total = len(rest.removeprefix(b":\n"))
+        chunk = bytearray(2**20)
+        while received := connection.recv_into(chunk):
+            total += received
+        return total
+
+    hub.post(f"/frame/{bouncer.name}/1?size={size}")  # what it takes to make one
+    before = hub.get("/peak-memory")["bytes"]
+    with contextlib.ExitStack() as stack:
+        readers = []
+        for number in range(3):
+            connection = socket.create_connection(("127.0.0.1", hub.port), TIMEOUT)
+            stack.enter_context(connection)
+            connection.sendall(f"GET /subscribe/{bouncer.name} HTTP/1.1\r\n\r\n".encode())
+            wait_until(lambda n=number: bouncer.stats()["detached"] > n, "it is detached")  # type: ignore[misc]
+            readers.append(Task(lambda c=connection: read(c)))  # type: ignore[misc]
+        hub.post(f"/frame/{bouncer.name}/{count}?size={size}")
+        bouncer.close()
+        (total,) = {reader.result() for reader in readers}
+    assert 0 == bouncer.stats()["dropped"]
+    assert count * len(f"data: {'x' * size}\n\n") == total
+    assert hub.get("/peak-memory")["bytes"] - before < 32 * 2**20
+
+
+def test_hub_takes_what_finalisers_broadcast(hub: Server) -> None:
+    """The collector runs them in any thread, in the middle of anything."""
+    bouncer = quiet(hub, maxsize=4000)
+    client = bouncer.client()
+    reader = Task(lambda: client.events(4000))
+    for _ in range(4):
+        hub.post(f"/finalisers/{bouncer.name}/1000")
+    assert Counter([Event(str(n)) for n in range(1000)] * 4) == Counter(reader.result())
+
+
+@contextlib.contextmanager
+def log_handler(bouncer: Remote) -> Iterator[None]:
+    bouncer.server.post(f"/handler/{bouncer.name}")
+    try:
+        yield
+    finally:
+        bouncer.server.request("DELETE", f"/handler/{bouncer.name}")
+
+
+def test_hub_survives_what_nobody_has_thought_of(hub: Server) -> None:
+    """It is logged once, with its traceback, and costs the stream that it was about."""
+    bouncer = quiet(hub)
+    hub.complaints()
+    unlucky, other = bouncer.client(), bouncer.client()
+    unlucky.say(b"BOOM")
+    unlucky.wait_end()
+    wait_until(lambda: bouncer.stats()["subscribers"] == 1, "the stream is gone")
+    bouncer.broadcast("hi")
+    assert Event("hi") == other.event()
+    hub.wait_for_log("RuntimeError: boom\n")
+    complaints = hub.complaints()
+    assert 1 == complaints.count("Traceback (most recent call last)")
+    assert 1 == complaints.count("unexpected; it costs one stream")
+
+
+def test_hub_survives_a_subscription_that_breaks(hub: Server) -> None:
+    """One whose channel cannot even be looked up to forget it: its client sees the end."""
+    bouncer = quiet(hub)
+    hub.complaints()
+    other = bouncer.client()
+    unlucky = hub.client(f"/hostile/{bouncer.name}")
+    hub.wait_for_log("RuntimeError: hostile\n")
+    hub.complaints()
+    bouncer.broadcast("hi")
+    assert Event("hi") == other.event()
+    unlucky.wait_end()
+    wait_until(lambda: bouncer.stats()["subscribers"] == 1, "the stream is gone")
+
+
+def test_hub_may_log_to_a_handler_that_broadcasts(hub: Server) -> None:
+    bouncer, elsewhere = quiet(hub), quiet(hub)
+    client, unlucky = bouncer.client(), elsewhere.client()
+    with log_handler(bouncer):
+        unlucky.say(b"BOOM")
+        assert Event("ERROR") == client.event()
+    bouncer.broadcast("hi")
+    assert Event("hi") == client.event()
+
+
+@only_development
+def test_hub_may_need_a_lock_that_a_publisher_holds(hub: Server) -> None:
+    """The publisher is far ahead, and the hub, in a log handler, waits for the publisher."""
+    bouncer, elsewhere = quiet(hub), quiet(hub)
+    client, unlucky = bouncer.client(), elsewhere.client()
+    with log_handler(bouncer):
+        publisher = Task(lambda: hub.post(f"/hold-lock/{bouncer.name}"))
+        assert Event("locked") == client.event()
+        unlucky.say(b"BOOM")
+        publisher.result()
+        got = [event.data.strip() for event in client.events(2)]
+    assert ["far ahead", "ERROR"] == got
+
+
+# -- stopping -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sync", "gthread", "gevent"])
+def test_hub_lets_a_worker_stop(kind: str) -> None:
+    """SIGTERM ends it and 1,000 streams; gunicorn waits longer than we do for open requests."""
+    allow_descriptors()
+    with serve(kind, APP, "--graceful-timeout", "60") as server:
+        clients = open_streams(quiet(server), MANY)
+        assert 0 == server.stop()
+        for client in clients:
+            assert [] == client.wait_end()
+
+
+def test_hub_close_delivers_what_a_slow_client_has_still_to_get(hub: Server) -> None:
+    """Also to one that has said something since, for which its connection could be reset."""
+    bouncer = quiet(hub)
+    client = bouncer.client(receive_buffer=4096)
+    hub.post(f"/burst/{bouncer.name}/16?size=65536")
+    bouncer.close()
+    bouncer.wait_until_left()
+    client.say(b"blah")
+    assert list(range(16)) == [int(event.data) for event in client.wait_end()]
+    assert client.whole
+
+
+def test_hub_lets_the_client_close_first(hub: Server) -> None:
+    """One that has seen the end may say something before it closes, and gets no reset for it."""
+    bouncer = quiet(hub)
+    client = bouncer.client()
+    bouncer.close()
+    client.wait_end()
+    for _ in range(10):
+        client.say(b"blah")
+
+
+@only_development
+def test_hub_gives_up_an_ended_stream_that_nobody_reads(hub: Server) -> None:
+    bouncer = quiet(hub)
+    descriptors = hub.count("fd")
+    for _ in range(5):
+        bouncer.client(receive_buffer=4096)
+    hub.post(f"/burst/{bouncer.name}/16?size=65536")
+    bouncer.close()
+    wait_until(lambda: hub.count("fd") <= descriptors, "the descriptors are closed")
+
+
+SCRIPT_THAT_ENDS = '''
+import signal, threading
+from flask import Flask
+from werkzeug.serving import make_server
+from sse_bouncer import EventBouncer
+
+app = Flask(__name__)
+bouncer = EventBouncer()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # before any thread: for sigwait()
+app.add_url_rule("/subscribe", view_func=bouncer.stream)
+app.add_url_rule("/stats", view_func=bouncer.stats)
+
+server = make_server("127.0.0.1", 0, app, threaded=True)
+print(f"Running on http://127.0.0.1:{server.port}", flush=True)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+signal.sigwait([signal.SIGTERM])
+for number in range(100):
+    bouncer.broadcast(number)
+'''
+
+
+def test_hub_sends_what_was_broadcast_right_before_exit() -> None:
+    """All of it, to all; and the interpreter prints nothing as it goes."""
+    with serve("script", SCRIPT_THAT_ENDS) as server:
+        clients = [server.client("/subscribe") for _ in range(100)]
+        wait_until(lambda: server.get("/stats")["detached"] == 100, "the streams are detached")
+        server.process.send_signal(signal.SIGTERM)
+        for client in clients:
+            assert [Event(str(number)) for number in range(100)] == client.wait_end()
+        assert 0 == server.process.wait(TIMEOUT)
+        assert [] == re.findall(r"^(?!Running on|127\.0\.0\.1 - - ).+\n", server.log(), re.M)
+
+
+# =================================================================================================
 # WAYS TO USE IT
 #
 # What people bring along from the blog posts, the example (push from a route, the progress of long
@@ -2203,30 +3442,32 @@ def logged_in(view):
 @app.get("/inbox")
 @logged_in
 def inbox():
-    return bouncer.stream(g.user)
+    return bouncer.stream(f"user-{g.user}")
 
 @app.post("/inbox/<user>")
 @logged_in
 def send(user):
-    bouncer.broadcast({"from": g.user, "text": request.get_data(as_text=True)}, channel=user)
+    text = request.get_data(as_text=True)
+    bouncer.broadcast({"from": g.user, "text": text}, channel=f"user-{user}")
     return {}
 
 @app.post("/logout")
 @logged_in
 def logout():
-    bouncer.close(g.user)
+    bouncer.close(f"user-{g.user}")
     return {}
 
 @app.get("/chat/<room>")
 @logged_in
 def chat(room):
-    bouncer.broadcast({"user": g.user}, "join", channel=room)
-    return bouncer.stream(room)
+    bouncer.broadcast({"user": g.user}, "join", channel=f"room-{room}")
+    return bouncer.stream(f"room-{room}")
 
 @app.post("/chat/<room>")
 @logged_in
 def say(room):
-    bouncer.broadcast({"user": g.user, "text": request.get_data(as_text=True)}, channel=room)
+    text = request.get_data(as_text=True)
+    bouncer.broadcast({"user": g.user, "text": text}, channel=f"room-{room}")
     return {}
 
 PAGE = """

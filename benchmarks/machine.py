@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+# From this share of the benchmark's cores on, other processes disturb a run.
+DISTURBED = 0.25
 PACKAGES = (
     "flask gunicorn gevent flask-sse redis sse-starlette starlette uvicorn uvloop httptools"
 ).split()
@@ -116,6 +118,15 @@ class Bystanders:
             return 0.0
         elapsed = (time.monotonic() - self._begin) * len(self._cores)
         return max(0.0, (self._all() - self._busy - ours) / elapsed)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until they are quiet, but not for long."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._begin, self._busy = time.monotonic(), self._all()
+            time.sleep(0.5)
+            if self.share(0.0) < DISTURBED:
+                break
 
     def _all(self) -> float:
         if not self._cores:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine import DISTURBED
 from servers import BASELINE
 
 Run = dict[str, Any]
@@ -15,19 +16,24 @@ Figure = Callable[[Run], float]
 
 # From this share of its core on, the client may be what limits the deliveries.
 CLIENT_LIMIT = 0.9
-# From this share of the two cores on, processes that are no part of it disturb a run.
-DISTURBED = 0.1
 
 
 def cells(data: Run) -> dict[tuple[str, int], list[Run]]:
-    """Return the runs that ended well, by server and number of subscribers, in order."""
+    """Return the runs that ended well, by server and number of subscribers, in order.
+
+    Those that were disturbed count only where there is no other.
+    """
     found: dict[tuple[str, int], list[Run]] = {
         (server["name"], n): [] for n in sizes(data) for server in data["servers"]
     }
     for run in data["runs"]:
         if "failed" not in run:
             found[run["server"], run["n"]].append(run)
-    return {cell: runs for cell, runs in found.items() if runs}
+    return {
+        cell: [run for run in runs if run["bystanders"] < DISTURBED] or runs
+        for cell, runs in found.items()
+        if runs
+    }
 
 
 def sizes(data: Run) -> list[int]:
@@ -45,12 +51,13 @@ def client_limits(runs: list[Run]) -> bool:
     return bool(median(run["capacity"]["client_cpu"] for run in runs) >= CLIENT_LIMIT)
 
 
-def reasons(skipped: list[Run]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for entry in skipped:
-        name = f"{entry['server']} with {entry['n']:,}"
-        found[name] = entry["why"]
-    return found
+def reasons(entries: list[Run], why: str) -> list[str]:
+    """Return a line for each reason that there is no result."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for entry in entries:
+        if why in entry:
+            found.setdefault((entry["server"], entry[why]), {})[f"{entry['n']:,}"] = None
+    return [f"{name} with {' or '.join(ns)}: {why}" for (name, why), ns in found.items()]
 
 
 def one_line(run: Run) -> str:
@@ -85,9 +92,18 @@ def _ratio(data: Run, name: str, n: int) -> str:
     runs = found[name, n]
     if any(map(lost, runs)):
         return f"**lost {max(map(lost, runs)):.2%}**"
-    base = {r["repeat"]: r["capacity"]["per_second"] for r in found.get((BASELINE, n), [])}
+    pairs = [
+        (run, base)
+        for run in data["runs"]
+        for base in data["runs"]
+        if (run["server"], base["server"]) == (name, BASELINE)
+        and (run["n"], base["n"], run["repeat"]) == (n, n, base["repeat"])
+        and "failed" not in run | base
+    ]
+    quiet = [pair for pair in pairs if all(run["bystanders"] < DISTURBED for run in pair)]
     values = [
-        r["capacity"]["per_second"] / base[r["repeat"]] for r in runs if r["repeat"] in base
+        run["capacity"]["per_second"] / base["capacity"]["per_second"]
+        for run, base in quiet or pairs
     ]
     if not values:
         return "–"
@@ -146,14 +162,10 @@ def number(value: float) -> str:
 def page(data: Run) -> str:
     """Everything that is generated in the benchmark's page."""
     repeats = len({run["repeat"] for run in data["runs"]})
-    disturbed = sum(run.get("bystanders", 0) > DISTURBED for run in data["runs"])
+    disturbed = sum(run.get("bystanders", 0) >= DISTURBED for run in data["runs"])
     software = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    notes = [f"- {name}: {why}." for name, why in reasons(data["skipped"]).items()]
-    notes += [
-        f"- {run['server']} with {run['n']:,} failed: {run['failed']}."
-        for run in data["runs"]
-        if "failed" in run
-    ]
+    absent = reasons(data["skipped"], "why") + reasons(data["runs"], "failed")
+    notes = [f"- {line}." for line in absent]
     return "\n".join(
         [
             ratios(data),
@@ -161,9 +173,9 @@ def page(data: Run) -> str:
             f"Machine: {data['machine']}; {data['descriptors']:,} open files per process. "
             f"{software}. {repeats} repeats of {data['seconds']:g} seconds in each mode. "
             f"In {disturbed} of {len(data['runs'])} runs other processes took more than "
-            f"{DISTURBED:.0%} of the two cores.",
+            f"{DISTURBED:.0%} of the two cores; they count only where there is no other run.",
             "",
-            *(["Not run:", "", *notes, ""] if notes else []),
+            *(["No result:", "", *notes, ""] if notes else []),
             "All figures, as medians and, in parentheses, the lowest and the highest:",
             "",
             _figures(data),

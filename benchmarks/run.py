@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from servers import BASELINE, HERE, SERVERS, Server, running
 
 AHEAD = 8  # events that the publisher may be ahead of the slowest subscriber
 OFFERED = 10_000  # deliveries a second, in the paced mode
+QUIET = 20.0  # seconds to wait for a machine that is busy with something else
 CONNECTING = 90.0  # seconds that all subscribers may take to connect
 
 
@@ -94,11 +96,16 @@ def attempt(
     server: Server, n: int, seconds: float, cores: tuple[int | None, int | None], tell: Progress
 ) -> dict[str, Any]:
     tell.begin(f"{server.name}, {n:,}")
-    try:
-        result = measure(server, n, seconds, cores, tell)
-    except (Failed, OSError, RuntimeError) as error:
-        result = {"failed": str(error)}
-    tell.done(report.one_line(result))
+    result: dict[str, Any] = {}
+    for _ in range(2):  # once more, if other processes have disturbed it
+        machine.Bystanders(cores).wait(QUIET)
+        try:
+            result = measure(server, n, seconds, cores, tell)
+        except (Failed, OSError, RuntimeError) as error:
+            result = {"failed": str(error)}
+        tell.done(report.one_line(result))
+        if result.get("bystanders", 0.0) < machine.DISTURBED:
+            break
     return result
 
 
@@ -120,8 +127,8 @@ def plan(
 def compare(options: argparse.Namespace, descriptors: int, out: Path) -> None:
     servers = [s for s in SERVERS if s.name == BASELINE or options.only in s.name]
     runs, skipped = plan(servers, options.sizes, descriptors)
-    for name, reasons in report.reasons(skipped).items():
-        print(f"leaving out {name}: {reasons}", file=sys.stderr)
+    for line in report.reasons(skipped, "why"):
+        print(f"leaving out {line}", file=sys.stderr)
     found = out / "results.json"
     data: dict[str, Any] = {"runs": []}
     if options.add:
@@ -197,6 +204,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of each finally
     out = options.out or (Path(tempfile.mkdtemp(prefix="benchmark-")) if options.quick else HERE)
     descriptors = machine.raise_descriptor_limit()
     if options.draw:

@@ -77,13 +77,6 @@ def _soak(
     sample_at, seen, joined = begin + SAMPLE, len(client.stamps), 0
     cpu = machine.usage(processes).cpu
     while (now := time.monotonic()) < begin + seconds:
-        if now >= event_at and client.idle:
-            client.publish(event_at)
-            event_at += 1 / EVENTS
-        if now >= churn_at:
-            client.churn(portion)
-            joined += portion
-            churn_at += STEP
         if now >= sample_at:
             use = machine.usage(processes)
             newest = len(client.stamps) - 1  # which may be under way
@@ -102,6 +95,13 @@ def _soak(
             _show(samples[-1], seconds)
             cpu, seen = use.cpu, newest
             sample_at += SAMPLE
+        if now >= event_at and client.idle:
+            client.publish(event_at)
+            event_at += 1 / EVENTS
+        if now >= churn_at:
+            client.churn(portion)
+            joined += portion
+            churn_at += STEP
         client.turn(max(0.0, min(event_at, churn_at, sample_at) - time.monotonic()))
     client.drain()
     # Those that have just come get one more event, so that nobody's stream ends unchecked.
