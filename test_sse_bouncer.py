@@ -2914,7 +2914,7 @@ def come(bouncer: Remote) -> Client | None:
     if client.body == b"retry: 4321\n":
         return client
     assert [] == client.wait_end()
-    assert b"retry: 4321\n: this process has no descriptor to spare\n" == client.body
+    assert b"retry: 4321\n: no room now, come back later\n" == client.body
     client.close()
     return None
 

@@ -24,6 +24,7 @@ svg { --ink: #1f2328; --quiet: #59636e; --line: #d1d9e0; --ground: #ffffff;
 text { font: 11.5px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: var(--quiet); }
 .title { font-size: 13.5px; font-weight: 600; fill: var(--ink); }
 .grid { stroke: var(--line); stroke-width: 1; }
+.axis { stroke: var(--quiet); stroke-width: 1; }
 .leader { stroke-width: 1; stroke-dasharray: 1 3; fill: none; }
 .curve { stroke-width: 1.75; fill: none; stroke-linejoin: round; }
 .ours { stroke-width: 2.75; }
@@ -52,6 +53,7 @@ class Panel:
     x_ticks: Sequence[float]
     y_format: Callable[[float], str]
     x_format: Callable[[float], str]
+    x_name: str
     log: bool = True
     floor: float = 0.0  # least that is shown; what is below is drawn there
     left: float = 0
@@ -74,8 +76,10 @@ class Panel:
         for y in ticks:
             yield _line("grid", left, y_of(y), right, y_of(y))
             yield _text(self.y_format(y), left - 7, y_of(y) + 4, "end")
+        yield _line("axis", left, bottom, right, bottom)
+        yield _text(self.x_name, right + 14, bottom + 17, "start")
         for x in self.x_ticks:
-            yield _line("grid", x_of(x), bottom, x_of(x), bottom + 4)
+            yield _line("axis", x_of(x), bottom, x_of(x), bottom + 4)
             yield _text(self.x_format(x), x_of(x), bottom + 17, "middle")
         for curve in self.curves:
             yield from self._curve(curve, x_of, y_of)
@@ -206,7 +210,7 @@ def results(data: dict[str, Any]) -> str:
 
     def panel(title: str, note: str, figure: report.Figure, **options: Any) -> Panel:
         curves = _curves(data, figure)
-        return Panel(title, note, curves, sizes, _short, _short, **options)
+        return Panel(title, note, curves, sizes, _short, _short, "subscribers", **options)
 
     panels = [
         panel(
@@ -274,8 +278,17 @@ def soak(data: dict[str, Any]) -> str:
 
     def panel(title: str, note: str, *curves: Curve) -> Panel:
         return Panel(
-            title, note, list(curves), minutes, _short, _short, log=False, height=210, names=100,
-        )  # fmt: skip
+            title,
+            note,
+            list(curves),
+            minutes,
+            _short,
+            _short,
+            "minutes",
+            log=False,
+            height=210,
+            names=100,
+        )
 
     panels = [
         panel("Memory", "MiB", curve("process tree", "ours", "memory", 2**-20)),
@@ -287,11 +300,10 @@ def soak(data: dict[str, Any]) -> str:
         ),
         panel(
             "Descriptors",
-            "and, above the same line, subscribers",
+            "as many as subscribers, and a few",
             curve("descriptors", "ours", "descriptors"),
-            curve("subscribers", "peer3", "subscribers"),
         ),
-        panel("Threads", "minutes from left to right", curve("threads", "ours", "threads")),
+        panel("Threads", "in all processes", curve("threads", "ours", "threads")),
     ]
     for i, each in enumerate(panels):
         each.left, each.top = i % 2 * WIDTH / 2, i // 2 * 215

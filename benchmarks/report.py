@@ -15,7 +15,7 @@ Run = dict[str, Any]
 Figure = Callable[[Run], float]
 
 # From this share of its core on, the client may be what limits the deliveries.
-CLIENT_LIMIT = 0.9
+CLIENT_LIMIT = 0.8
 
 
 def cells(data: Run) -> dict[tuple[str, int], list[Run]]:
@@ -136,7 +136,7 @@ def _figures(data: Run) -> str:
             f"{median(r['capacity']['client_cpu'] for r in runs):.0%}",
             _middle(runs, lambda r: r["paced"]["p50"] * 1e3),
             _middle(runs, lambda r: r["paced"]["p99"] * 1e3, spread=True),
-            _middle(runs, lambda r: r["memory"] / 1024),
+            _middle(runs, lambda r: max(0.1, r["memory"] / 1024)),
             _middle(runs, lambda r: r["threads"]),
             f"{max(map(lost, runs)):.2%}" if any(map(lost, runs)) else "0",
         ]
@@ -156,7 +156,9 @@ def number(value: float) -> str:
     """Format with three significant digits, or whole."""
     if abs(value) >= 99.5:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 9.95 or value == int(value) * 1.0 else f"{value:.2f}"
+    if value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 9.95 else f"{value:.2f}"
 
 
 def page(data: Run) -> str:
