@@ -1900,6 +1900,7 @@ _SERVERS_OWN = frozenset(
     " transfer-encoding upgrade".split()
 )
 
+
 def sse_response(
     source: Iterable[object] | Subscription,
     *,
