@@ -477,15 +477,16 @@ class RedisRelay:
         self.maxlen = _whole_number("maxlen", maxlen, 1)
         self._client = client
         self._unsure = False  # whether something may have happened to the stream since read()
-        self._once: dict[str, None] = {}  # the tokens of entries that were read last
+        self._ended_at: str | None = None  # the last id that was read of a stream that is no more
+        self._once: dict[str, str] = {}  # the tokens of entries that were read last, and their ids
 
     def publish(self, channel: str | None, frame: str) -> None:
         """Add an entry. See `Relay`."""
         # A client that got no answer tries again, though Redis may have the entry already. The
         # readers know the second one by its token.
-        fields = {"frame": str(frame), "once": os.urandom(9).hex()}
+        fields = {"frame": frame.encode(), "once": os.urandom(9).hex()}
         if channel is not None:
-            fields["channel"] = str(channel)
+            fields["channel"] = channel.encode()
         self._client.xadd(self.key, fields, maxlen=self.maxlen, approximate=True)
 
     def recent(self, count: int) -> tuple[str, list[_Entry]]:
@@ -495,7 +496,7 @@ class RedisRelay:
             return _decoded(found[0][0]), self._entries(found[1:])
         if not found:
             return "0-0", []
-        info = self._client.xinfo_stream(self.key)
+        info = self._info()
         if info.get("entries-added") == info["length"]:  # none was ever trimmed
             return "0-0", self._entries(found)
         milliseconds, sequence = map(int, _decoded(found[0][0]).split("-"))
@@ -506,6 +507,8 @@ class RedisRelay:
         """Wait for entries. See `Relay`."""
         # Set until all below has worked: after an error, anything may have happened to the stream.
         unsure, self._unsure = self._unsure, True
+        if after == self._ended_at:
+            after = "0-0"
         found = self._after(after)
         if not found and not unsure:
             block = int(1000 * min(timeout, self._longest_wait()))
@@ -519,17 +522,24 @@ class RedisRelay:
         whole = True
         if after != "0-0" and (unsure or len(found) >= min(_AT_ONCE, self.maxlen)):
             whole = bool(self._found("XRANGE", after, after, 1))
-            if not whole and not found:
-                found = self._begun_anew(after)
+            if not whole and self._is_another(after):
+                self._ended_at = after
+                found = self._after("0-0")
         self._unsure = False
         return whole, self._entries(found)
 
-    def _begun_anew(self, after: str) -> list[Any]:
-        """Return the entries of a stream that is another one, with ids that begin lower."""
-        newest = self._newest(1)
-        if newest and (_parse_id(_decoded(newest[0][0])) or (0, 0)) < (_parse_id(after) or (0, 0)):
-            return self._after("0-0")
-        return []
+    def _is_another(self, after: str) -> bool:
+        """Return whether the stream is not the one in which that id was the newest."""
+        if not self._client.exists(self.key):
+            return True
+        newest = _parse_id(_decoded(self._info()["last-generated-id"]))
+        return (newest or (0, 0)) < (_parse_id(after) or (0, 0))
+
+    def _info(self) -> dict[str, Any]:
+        # It holds entries too: see _found().
+        command = "XINFO STREAM", self.key
+        info: dict[str, Any] = self._client.execute_command(*command, NEVER_DECODE=True)
+        return info
 
     def _after(self, id: str) -> list[Any]:
         return self._found("XRANGE", f"({id}", "+", _AT_ONCE)
@@ -554,9 +564,8 @@ class RedisRelay:
         for id, raw in found:
             fields = {_decoded(name): value for name, value in raw.items()}
             once = _decoded(fields.get("once", id))
-            if once in self._once:
-                continue
-            self._once[once] = None
+            if self._once.setdefault(once, _decoded(id)) != _decoded(id):
+                continue  # the second of two entries, and not the first one read again
             if len(self._once) > _AT_ONCE:
                 del self._once[next(iter(self._once))]
             channel = fields.get("channel")
@@ -869,8 +878,8 @@ class EventBouncer:
         :raises TypeError: if a name or the id is not text.
         """
         subscription = Subscription(self, tuple(dict.fromkeys(map(_channel_name, channels))))
-        if last_event_id is not None:
-            _text("last_event_id", last_event_id)
+        if not isinstance(last_event_id, str | None):
+            raise TypeError(f"last_event_id: expected text or None, got {last_event_id!r:.80}")
         self._start_reader()
         with self._lock:
             self._sweep()
@@ -1147,7 +1156,10 @@ class EventBouncer:
                 subscription._seen = last
                 return
             last = (0, 0)  # of nothing that is known here
-        if last < self._floor:
+        # After "0-0" a relay's stream is whole, but an id below all of its own is another's: of
+        # one that was deleted.
+        of_another = self._floor == (0, 0) < last and self._kept and last < (self._kept[0].id or ())
+        if last < self._floor or of_another:
             subscription.gap = True
             subscription._since = self._floor
         missed = []
@@ -1169,6 +1181,9 @@ class EventBouncer:
 
     def _keep(self, event: _Event) -> None:
         assert event.id is not None
+        if event.id <= self._newest:  # a relay that has begun anew, with a clock that is behind
+            self._kept.clear()
+            self._floor = (event.id[0] - 1, 0)
         if len(self._kept) == self.history:
             self._floor = (self._kept[0].id if self._kept else None) or event.id
         self._kept.append(event)
@@ -1254,6 +1269,7 @@ def _channel_name(channel: object) -> str:
         raise TypeError(f"channel: expected a name, got {channel!r:.80}; use str(...)")
     if not channel:
         raise ValueError(f"channel: expected a name that is not empty, got {channel!r}")
+    _utf8("channel", channel)
     # Its text, if it is a member of an enumeration: some of those hash by their names.
     return str.__str__(channel)
 

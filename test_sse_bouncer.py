@@ -3,12 +3,14 @@
     pytest                              everything
     pytest -k "wire or fan_out"         the rooms that need no server
     pytest -k gthread                   one server
+    FUZZ=100 pytest -k fuzz             the random tests, a hundred times as long
 
-The rooms are those of the module: WIRE FORMAT, FAN-OUT, RESPONSE; SERVERS has the same promises
-under every server, and HUB those of streams that hold no worker; then WAYS TO USE IT, and PROMISES
-about the package as a whole. Flask and pytest are enough to run the file: a test skips, and says
-so, where a server, the browser or a tool it needs is not there. Under ``CI=true`` nothing may be
-skipped, so there the same is a failure.
+The rooms are those of the module: WIRE FORMAT, FAN-OUT, RESPONSE. SERVERS has the same promises
+under every server, HUB those of streams that hold no worker, HISTORY and RELAY what is not lost,
+CLIENTS what others read of it, WAYS TO USE IT the README's, and PROMISES is about the package as a
+whole. Flask and pytest are enough to run the file: a test skips, and says so, where a server, the
+browser or a tool it needs is not there. Under ``CI=true`` nothing may be skipped, so there the same
+is a failure.
 
 Nothing here asserts how long something takes, and nothing sleeps to let something else happen: a
 test waits for what it wants to see, and fails at TIMEOUT. Random tests print their seed; ``SEED=``
@@ -47,22 +49,33 @@ import threading
 import time
 import uuid
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import flask
 import pytest
+from werkzeug.serving import make_server
 from werkzeug.test import create_environ
 
 import sse_bouncer
-from sse_bouncer import EventBouncer, Frame, Subscription, format_sse, sse_response
+from sse_bouncer import (
+    EventBouncer,
+    Frame,
+    RedisRelay,
+    Subscription,
+    format_sse,
+    sse_response,
+)
 
 TIMEOUT = 30.0  # seconds until a test gives up: far beyond what anything takes on a busy machine
 ROOT = Path(__file__).resolve().parent
+# How many times as long the fuzz tests run: FUZZ=100 pytest -k fuzz
+FUZZ = int(os.environ.get("FUZZ", 1))
 T = TypeVar("T")
 
 
@@ -1035,6 +1048,40 @@ def test_parser_commits_an_id_at_the_blank_line() -> None:
     parser = Parser()
     parser.feed(b"id: 1\n\nid: 2\n")
     assert "1" == parser.last_event_id
+
+
+def anything(rng: random.Random, depth: int = 2) -> object:
+    """Return an object of any type, often one that is nearly right."""
+    text = "".join(rng.choices([*PIECES, "\ud800", "\udfff"], k=rng.randrange(4)))
+    if depth and rng.random() < 0.2:
+        items = [anything(rng, depth - 1) for _ in range(rng.randrange(3))]
+        return rng.choice([items, tuple(items), {text: items}, {1: items}])
+    return rng.choice(
+        [text, text, text, text.encode(errors="replace"), rng.randbytes(3), None, True, 0, -1]
+        + [10**6, 1.5, float("nan"), float("-inf"), {1, 2}, object(), ..., int, memoryview(b"x")]
+    )
+
+
+def test_wire_fuzz_anything_is_sent_as_it_is_or_refused(rng: random.Random) -> None:
+    """Whatever the arguments are, there is a frame that holds one event, of them and nothing else,
+    or an error that names one of them."""
+    names = ["data", "event", "id", "retry", "comment"]
+    for _ in range(5000 * FUZZ):
+        given: Any = {name: anything(rng) for name in names if rng.random() < 0.6}
+        try:
+            frame = format_sse(**given)
+        except (TypeError, ValueError) as error:
+            assert re.match(f"({'|'.join(names)}): expected .+ got ", str(error), re.DOTALL)
+            continue
+        data = given.get("data")
+        events = parse(frame.encode())
+        assert (data is not None) == len(events)
+        for event in events:
+            assert (given.get("event") or "message") == event.type
+            id = given.get("id")
+            assert ("" if id is None else str(id)) == event.id
+            if isinstance(data, str):
+                assert re.sub("\r\n?", "\n", data) == event.data
 
 
 # =================================================================================================
@@ -3282,6 +3329,1944 @@ def test_hub_sends_what_was_broadcast_right_before_exit() -> None:
             assert [Event(str(number)) for number in range(100)] == client.wait_end()
         assert 0 == server.process.wait(TIMEOUT)
         assert [] == re.findall(r"^(?!Running on|127\.0\.0\.1 - - ).+\n", server.log(), re.M)
+
+
+# =================================================================================================
+# HISTORY
+#
+# Nothing is lost between two connections: in one process, under every server, in a real browser.
+# =================================================================================================
+
+
+class Clock:
+    """What the module takes for the time, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.now = 1_900_000_000_000
+
+    def __call__(self) -> int:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(sse_bouncer, "_milliseconds", clock)
+    return clock
+
+
+def ids_of(bouncer: EventBouncer, *messages: object) -> list[str]:
+    """Broadcast each message; return the id that each got."""
+    ids = []
+    for message in messages:
+        bouncer.broadcast(message)
+        ids.append(bouncer.last_event_id or "")
+    return ids
+
+
+def id_value(id: str) -> tuple[int, int]:
+    milliseconds, sequence = map(int, id.split("-"))
+    return milliseconds, sequence
+
+
+def are_increasing(ids: Sequence[str]) -> bool:
+    values = [id_value(id) for id in ids]
+    return all(before < after for before, after in itertools.pairwise(values))
+
+
+def test_history_numbers_events() -> None:
+    """Ids look like ``<milliseconds>-<sequence>``, increase, and are what the subscribers see."""
+    bouncer = EventBouncer(history=1)
+    subscription = bouncer.subscribe()
+    ids = ids_of(bouncer, *"abc")
+    frames = [subscription.get_nowait() for _ in range(3)]
+    assert ids == [event.id for event in parse("".join(frames).encode())]
+    assert all(re.fullmatch("[0-9]{13}-[0-9]+", id) for id in ids)
+    assert are_increasing(ids)
+
+
+def test_history_keeps_what_the_publisher_wrote() -> None:
+    """The id is added to an event's own fields; none of them is changed."""
+    bouncer = EventBouncer(history=1)
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("a\nb", "greet", retry=7)
+    frame = format_sse("a\nb", "greet", id=bouncer.last_event_id, retry=7)
+    assert parse(frame.encode()) == parse(subscription.get_nowait().encode())
+
+
+def test_history_ids_tell_the_time(clock: Clock) -> None:
+    bouncer = EventBouncer(history=1)
+    clock.now += 1
+    assert [f"{clock.now}-0", f"{clock.now}-1"] == ids_of(bouncer, "a", "b")
+
+
+def test_history_ids_increase_when_the_clock_steps_back(clock: Clock) -> None:
+    bouncer = EventBouncer(history=10)
+    ids = ids_of(bouncer, "a", "b")
+    clock.now -= 3_600_000
+    ids += ids_of(bouncer, "c", "d")
+    clock.now += 3_600_001
+    ids += ids_of(bouncer, "e")
+    assert are_increasing(ids)
+    assert ["c", "d", "e"] == held(bouncer.subscribe(last_event_id=ids[1]))
+
+
+def test_history_ids_increase_across_restarts(clock: Clock) -> None:
+    """Also past an earlier process that gave thousands of ids in its last millisecond."""
+    ids = ids_of(EventBouncer(history=1), *range(3000))
+    clock.now += 1
+    restarted = EventBouncer(history=1)
+    assert are_increasing([ids[-1], restarted.last_event_id or "", *ids_of(restarted, "a")])
+
+
+def test_history_none() -> None:
+    """Without a history there are no ids, and one that a client sends has no effect."""
+    bouncer = EventBouncer()
+    bouncer.broadcast("missed")
+    subscription = bouncer.subscribe(last_event_id="1-1")
+    bouncer.broadcast("a")
+    assert (None, False) == (bouncer.last_event_id, subscription.gap)
+    assert "data: a\n\n" == subscription.get_nowait()
+
+
+# How many events are kept, how many there were, after which of them a client comes back (0 is
+# before the first), which of them it gets, and whether it has to be told of a gap: exactly when
+# one that it has not seen is kept no more.
+RESUMES = [
+    (3, 0, 0, [], False),
+    (3, 2, 0, [1, 2], False),
+    (3, 2, 1, [2], False),
+    (3, 2, 2, [], False),
+    (3, 3, 0, [1, 2, 3], False),
+    (3, 4, 0, [2, 3, 4], True),
+    (3, 4, 1, [2, 3, 4], False),
+    (3, 9, 9, [], False),
+    (3, 9, 8, [9], False),
+    (3, 9, 6, [7, 8, 9], False),
+    (3, 9, 5, [7, 8, 9], True),
+    (3, 9, 1, [7, 8, 9], True),
+    (1, 2, 1, [2], False),
+    (1, 2, 0, [2], True),
+]
+resumes = pytest.mark.parametrize(("history", "count", "after", "missed", "gap"), RESUMES)
+
+
+@resumes
+def test_history_replays_what_was_missed(
+    history: int, count: int, after: int, missed: list[int], gap: bool
+) -> None:
+    """In order, then the live stream; a gap is one exactly if something is kept no more."""
+    bouncer = EventBouncer(history=history)
+    ids = [bouncer.last_event_id or "", *ids_of(bouncer, *range(1, count + 1))]
+    subscription = bouncer.subscribe(last_event_id=ids[after])
+    bouncer.broadcast("live")
+    assert ([*map(str, missed), "live"], gap) == (held(subscription), subscription.gap)
+
+
+@pytest.mark.parametrize("id", ["0-0", "1-1", "99999999999999-0", "9" * 20 + "-" + "9" * 20])
+def test_history_of_another_process_is_a_gap(id: str) -> None:
+    """An id of the past, or of a future that never was: the client gets all there is."""
+    bouncer = EventBouncer(history=3)
+    ids_of(bouncer, *range(5))
+    subscription = bouncer.subscribe(last_event_id=id)
+    assert (["2", "3", "4"], True) == (held(subscription), subscription.gap)
+
+
+@pytest.mark.parametrize(
+    ("channels", "missed"), [([], "ad"), (["x"], "abd"), (["y"], "acd"), (["y", "x"], "abcd")]
+)
+def test_history_replays_ones_own_channels(channels: list[str], missed: str) -> None:
+    bouncer = EventBouncer(history=9)
+    start = bouncer.last_event_id
+    for message, channel in [("a", None), ("b", "x"), ("c", "y"), ("d", None)]:
+        bouncer.broadcast(message, channel=channel)
+    assert [*missed] == held(bouncer.subscribe(*channels, last_event_id=start))
+
+
+def test_history_last_event_id_closes_the_gap_between_page_and_stream() -> None:
+    """What falls between the rendering of a page and its connecting is replayed."""
+    bouncer = EventBouncer(history=9)
+    app = app_of(lambda: bouncer.stream(last_event_id=flask.request.args.get("after")))
+    rendered_at = bouncer.last_event_id
+    bouncer.broadcast("between")
+    response = app.test_client().get("/", query_string={"after": rendered_at})
+    with response:
+        bouncer.close()
+        assert ["between"] == [event.data for event in parse(response.data)]
+
+
+def test_history_replay_may_be_longer_than_maxsize() -> None:
+    """The bound is for what a subscriber falls behind by, not for what it came to fetch."""
+    bouncer = EventBouncer(maxsize=2, history=100)
+    start = bouncer.last_event_id
+    ids_of(bouncer, *range(100))
+    subscription = bouncer.subscribe(last_event_id=start)
+    assert not subscription.full()
+    ids_of(bouncer, 100, 101)
+    assert subscription.full()
+    bouncer.broadcast("too much")
+    assert [str(number) for number in range(102)] == datas(list(subscription))
+
+
+def test_history_replay_once_read_counts_no_more() -> None:
+    """As the replay is read, the room for what comes live does not grow."""
+    bouncer = EventBouncer(maxsize=2, history=100)
+    start = bouncer.last_event_id
+    ids_of(bouncer, *range(10))
+    subscription = bouncer.subscribe(last_event_id=start)
+    replay = [subscription.get_nowait() for _ in range(10)]
+    ids_of(bouncer, *range(10, 13))
+    bouncer.close()
+    assert [str(n) for n in range(12)] == datas([*replay, *subscription])
+
+
+def test_history_no_gap_and_no_repeat_while_events_flow(rng: random.Random) -> None:
+    """Whenever threads leave and come back, each sees an unbroken piece of the one order."""
+    bouncer = EventBouncer(maxsize=10_000, history=10_000)
+    start = bouncer.last_event_id
+    stays = [[rng.randrange(1, 8) for _ in range(100)] for _ in range(8)]
+
+    def come_and_go(stays: list[int]) -> list[str]:
+        seen: list[Event] = []
+        for stay in stays:
+            last = seen[-1].id if seen else start
+            with bouncer.subscribe(last_event_id=last) as subscription:
+                assert not subscription.gap
+                seen += parse("".join(itertools.islice(subscription, stay)).encode())
+        return [event.data for event in seen]
+
+    readers = [Task(lambda s=s: come_and_go(s)) for s in stays]  # type: ignore[misc]
+    publishers = [Task(lambda: ids_of(bouncer, *range(500))) for _ in range(2)]
+    for publisher in publishers:
+        publisher.result()
+    order = held(bouncer.subscribe(last_event_id=start))
+    assert 1000 == len(order)
+    assert [order[: sum(stay)] for stay in stays] == [reader.result() for reader in readers]
+
+
+# Whoever gives the bouncer ids of their own would break those that clients come back with.
+OWN_IDS: list[Callable[[EventBouncer], None]] = [
+    lambda bouncer: bouncer.broadcast("x", id=7),
+    lambda bouncer: bouncer.broadcast("x", id=""),
+    lambda bouncer: bouncer.broadcast(format_sse("x", id="7")),
+    lambda bouncer: bouncer.broadcast(format_sse(id="7")),
+    lambda bouncer: bouncer.broadcast(Frame("id\ndata: x\n\n")),
+    lambda bouncer: bouncer.broadcast(Frame("data: x\rid:7\r\r")),
+    lambda bouncer: bouncer.broadcast(Frame("data: x\r\nid:7\r\n\r\n")),
+]
+
+
+@pytest.mark.parametrize("broadcast", OWN_IDS)
+def test_history_refuses_ids(broadcast: Callable[[EventBouncer], None]) -> None:
+    """It reaches nobody, neither now nor in a replay."""
+    bouncer = EventBouncer(history=9)
+    start = bouncer.last_event_id
+    subscription = bouncer.subscribe()
+    with pytest.raises(ValueError, match="id: expected none, as the bouncer .* got .*; leave it"):
+        broadcast(bouncer)
+    assert [[], []] == [held(subscription), held(bouncer.subscribe(last_event_id=start))]
+
+
+@pytest.mark.parametrize("text", ["x\nid: 7", "id: 7", "xid: 7", "x\nid"])
+def test_history_takes_text_that_only_looks_like_an_id(text: str) -> None:
+    bouncer = EventBouncer(history=9)
+    subscription = bouncer.subscribe()
+    bouncer.broadcast(text)
+    assert [text] == held(subscription)
+
+
+# What is no event's id, though int() or a careless pattern would take some of it for one.
+STRANGERS = [
+    *("", " ", "-", "x", "0", "1", "1-", "-1", "--", "1-1-1", "1--1", "-1-1", "+1-1", "1-+1"),
+    *(" 1-1", "1-1 ", "1 -1", "1-1\n", "\n1-1", "1-1\r\n", "1-1\0", "1-1,2-2", "1.0-1", "1e3-1"),
+    *("0x1-1", "1_0-1", "１-１", "²-1", "٣-٣", "1–1", "1−1", "None", "null", "NaN-0", "$", "*"),
+    *("9" * 21 + "-1", "1-" + "9" * 21, "1" * 100_000, "-" * 100_000, "1-" * 50_000, "é", "😀"),
+    *("<script>", "../../etc/passwd", "' OR 1=1", "%00", "\ufeff1-1", "\ud800", "1-\udfff"),
+]
+
+
+@pytest.mark.parametrize("text", STRANGERS, ids=lambda text: ascii(text[:20]))
+def test_history_a_malformed_id_is_as_none(text: str) -> None:
+    bouncer = EventBouncer(history=9)
+    bouncer.broadcast("missed")
+    subscription = bouncer.subscribe(last_event_id=text)
+    bouncer.broadcast("live")
+    assert (["live"], False) == (held(subscription), subscription.gap)
+
+
+DIGITS = set("0123456789")
+
+
+def test_history_fuzz_any_last_event_id(rng: random.Random) -> None:
+    """Random texts, many of them nearly ids: what is one by hand's reckoning is replayed from."""
+    bouncer = EventBouncer(history=20)
+    ids = [bouncer.last_event_id or "", *ids_of(bouncer, *range(50))]
+    values = [id_value(id) for id in ids]
+    for _ in range(3000 * FUZZ):
+        milliseconds, sequence = rng.choice(values)
+        number = rng.choice([milliseconds, milliseconds, 0, rng.randrange(10 ** rng.randrange(25))])
+        text = f"{number}-{max(0, sequence + rng.randrange(-1, 2))}"
+        if rng.random() < 0.5:
+            cut = rng.randrange(len(text) + 1)
+            text = text[:cut] + rng.choice(PIECES) + text[cut + rng.randrange(2) :]
+        halves = text.split("-")
+        missed: Sequence[object] = []
+        gap = False
+        if len(halves) == 2 and all(set(h) <= DIGITS and 1 <= len(h) <= 20 for h in halves):
+            after = id_value(text)
+            missed = [number for number in range(30, 50) if values[number + 1] > after]
+            if gap := not values[30] <= after <= values[50]:
+                missed = range(30, 50)
+        with bouncer.subscribe(last_event_id=text) as subscription:
+            found = held(subscription), subscription.gap
+            assert ([str(number) for number in missed], gap) == found, text
+
+
+def response_to(bouncer: EventBouncer, **headers: str) -> bytes:
+    """Return what a client is sent that connects when nothing more is broadcast."""
+    with app_of(bouncer.stream).test_client().get("/", headers=headers) as response:
+        bouncer.close()
+        data: bytes = response.data
+        return data
+
+
+def test_history_resumes_by_the_header() -> None:
+    bouncer = EventBouncer(history=9)
+    first, _ = ids_of(bouncer, "a", "b")
+    read = parse(response_to(bouncer, **{"Last-Event-ID": first}))
+    assert [Event("b", id=bouncer.last_event_id or "")] == read
+
+
+@pytest.mark.parametrize(("in_url", "in_header"), [(0, 1), (1, 0), (1, 1)])
+def test_history_stream_goes_on_from_the_newer_id(in_url: int, in_header: int) -> None:
+    """The one in a page's URL stays there while the browser's own goes on, and the other way."""
+    bouncer = EventBouncer(history=9)
+    ids = ids_of(bouncer, "a", "b", "c")
+    app = app_of(lambda: bouncer.stream(last_event_id=ids[in_url]))
+    with app.test_client().get("/", headers={"Last-Event-ID": ids[in_header]}) as response:
+        bouncer.close()
+        assert ["c"] == [event.data for event in parse(response.data)]
+
+
+def test_history_opening_tells_where_the_client_is() -> None:
+    """One that is cut off before its first event comes back with an id, and misses nothing."""
+    bouncer = EventBouncer(history=9)
+    ids_of(bouncer, "a")
+    parser = Parser()
+    assert [] == parser.feed(response_to(bouncer))
+    assert bouncer.last_event_id == parser.last_event_id
+
+
+def test_history_opening_is_no_event_to_httpx() -> None:
+    """httpx-sse makes an event of a block without data, so it gets none."""
+    assert b":\n" == response_to(EventBouncer(history=9), **{"User-Agent": "python-httpx/0.28.1"})
+
+
+def test_history_gap_event() -> None:
+    """A stream with a gap opens with an event named gap; cut off after it, nothing is missed."""
+    bouncer = EventBouncer(history=2)
+    ids = ids_of(bouncer, *"abcd")
+    read = parse(response_to(bouncer, **{"Last-Event-ID": ids[0]}))
+    assert [Event("", "gap", ids[1]), Event("c", id=ids[2]), Event("d", id=ids[3])] == read
+
+
+# Under every server, detached and not.
+
+
+def left_after(bouncer: Remote, count: int, **options: Any) -> str:
+    """Let a client come, see ``count`` events of a burst and leave; return the last one's id."""
+    client = bouncer.client(**options)
+    bouncer.server.post(f"/burst/{bouncer.name}/{count}")
+    id = client.events(count)[-1].id
+    client.close()
+    bouncer.wait_until_left()
+    return id
+
+
+def test_history_server_resumes(remote: Callable[..., Remote]) -> None:
+    """What was missed, more of it than any buffer holds, then the live stream; no gap, no repeat.
+
+    The client begins to read only when the live events are there too.
+    """
+    bouncer = remote(history=10_000, heartbeat=0.05)
+    last = left_after(bouncer, 5)
+    bouncer.server.post(f"/burst/{bouncer.name}/2500?first=5&size=500")
+    client = bouncer.client(headers={"Last-Event-ID": last})
+    bouncer.server.post(f"/burst/{bouncer.name}/5?first=2505")
+    events = client.events(2505)
+    assert list(range(5, 2510)) == [int(event.data) for event in events]
+    assert 0 == bouncer.stats()["dropped"]
+    assert are_increasing([last, *[event.id for event in events]])
+
+
+def test_history_server_resumes_on_ones_own_channels(remote: Callable[..., Remote]) -> None:
+    bouncer = remote(history=9, heartbeat=0.05)
+    last = left_after(bouncer, 1)
+    for message, channel in [("a", "x"), ("b", "y"), ("c", None), ("d", "x")]:
+        bouncer.broadcast(message, channel=channel)
+    client = bouncer.client("?channel=x", headers={"Last-Event-ID": last})
+    assert ["a", "c", "d"] == [event.data for event in client.events(3)]
+
+
+def test_history_server_tells_of_a_gap(remote: Callable[..., Remote]) -> None:
+    bouncer = remote(history=2, heartbeat=0.05)
+    last = left_after(bouncer, 1)
+    bouncer.broadcast(*"abcd")
+    client = bouncer.client(headers={"Last-Event-ID": last})
+    assert [("gap", ""), ("message", "c"), ("message", "d")] == [
+        (event.type, event.data) for event in client.events(3)
+    ]
+
+
+def test_history_server_takes_any_header(remote: Callable[..., Remote]) -> None:
+    """Bytes that are no text, thousands of digits, no value at all: the stream is a new one."""
+    for text in ["\xff\xfe\x80", "9" * 4000, "", "1-1, 2-2", "%0d%0adata: x", "\t"]:
+        bouncer = remote(history=9)
+        bouncer.broadcast("missed")
+        client = bouncer.client(headers={"Last-Event-ID": text})
+        bouncer.broadcast("live")
+        assert "live" == client.event().data
+        bouncer.close()
+        client.close()
+
+
+def test_history_server_dropped_client_resumes(remote: Callable[..., Remote]) -> None:
+    """One that stopped reading is dropped, comes back, and in all has missed nothing."""
+    bouncer = remote(history=10_000)
+    stalled = bouncer.client(receive_buffer=4096)
+    sent = itertools.count(step=15)
+
+    def was_dropped() -> bool:
+        bouncer.server.post(f"/burst/{bouncer.name}/15?size=16384&first={next(sent)}")
+        return bouncer.stats()["dropped"] > 0
+
+    wait_until(was_dropped, "the stalled client is dropped")
+    events = stalled.wait_end()
+    stalled.close()
+    bouncer.broadcast("last")
+    resumed = bouncer.client(headers={"Last-Event-ID": events[-1].id})
+    total = next(sent)
+    events += resumed.events(total - len(events) + 1)
+    assert [*range(total), "last"] == [*(int(e.data) for e in events[:-1]), events[-1].data]
+
+
+class RestlessClient(Client):
+    """A client that leaves in any manner, at any moment."""
+
+    def read(self) -> list[Event]:
+        """Take in what one recv brings; return the events that it completes."""
+        self._receive(time.monotonic() + TIMEOUT, "more of the stream")
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def say(self, words: bytes) -> None:
+        """Send what nobody has asked for. A server may cut off who says too much."""
+        with contextlib.suppress(ConnectionError):
+            self._socket.sendall(words)
+
+    def leave(self, rng: random.Random) -> None:
+        if rng.random() < 0.2:
+            self.say(rng.randbytes(rng.randrange(10_000)))
+        if rng.random() < 0.2:
+            with contextlib.suppress(OSError):  # the server was first
+                self._socket.shutdown(socket.SHUT_WR)
+        rng.choice([self.close, self.reset])()
+
+
+def follow(
+    rng: random.Random, ports: list[int], path: str, settled: threading.Event
+) -> list[Event]:
+    """Read a stream over connections that are cut at random, until its event "end" has come."""
+    seen: list[Event] = []
+    last = ""
+    while not seen or seen[-1].data != "end":
+        headers = {"Last-Event-ID": last} if last else {}
+        client = RestlessClient(rng.choice(ports), path, headers=headers)
+        looks = rng.choice([0, 1, 2, 3, 10])
+        while not client.ended and (looks > 0 or settled.is_set()):
+            seen += client.read()
+            looks -= 1
+            if seen and seen[-1].data == "end":
+                break
+        last = client.parser.last_event_id or last
+        client.leave(rng)
+    return seen
+
+
+def check_followed(seen: list[Event], total: int) -> None:
+    """Every event from the first on, once, in order, with ids that increase, and no gap."""
+    first = next((int(event.data) for event in seen if event.data.isdigit()), total)
+    assert [*map(str, range(first, total)), "end"] == [event.data for event in seen]
+    assert {"message"} == {event.type for event in seen}
+    assert are_increasing([event.id for event in seen])
+
+
+def check_random_cuts(bouncer: Remote, rng: random.Random) -> None:
+    """Dozens of clients whose connections are cut at random, while events flow, miss nothing."""
+    ports, path = [bouncer.server.port], f"/subscribe/{bouncer.name}"
+    settled = threading.Event()
+    followers = [
+        Task(lambda s=s: follow(random.Random(s), ports, path, settled))  # type: ignore[misc]
+        for s in [rng.random() for _ in range(bouncer.readers)]
+    ]
+    total = 0
+    for _ in range(60):
+        count = rng.choice([1, 1, 3, 20])
+        bouncer.server.post(f"/burst/{bouncer.name}/{count}?first={total}")
+        total += count
+    settled.set()
+    bouncer.broadcast("end")
+    for follower in followers:
+        check_followed(follower.result(), total)
+
+
+@pytest.mark.parametrize("shared_server", KINDS[:-1], indirect=True)  # all that can detach
+@pytest.mark.parametrize("remote", ["detached"], indirect=True)
+def test_history_random_cuts(remote: Callable[..., Remote], rng: random.Random) -> None:
+    """Without heartbeats: they would wake a hub that has lost a wake-up."""
+    check_random_cuts(remote(history=10_000, heartbeat=None), rng)
+
+
+@pytest.mark.parametrize("remote", ["served"], indirect=True)
+def test_history_random_cuts_of_served_streams(
+    remote: Callable[..., Remote], rng: random.Random
+) -> None:
+    """With heartbeats, by which a worker notices that its client has left."""
+    check_random_cuts(remote(history=10_000, heartbeat=0.02), rng)
+
+
+# While the page's main thread waits for /outrun, nothing of its EventSource is read.
+OUTRUN = '''
+import itertools, threading
+from flask import Flask
+from sse_bouncer import EventBouncer
+
+app = Flask(__name__)
+bouncer = EventBouncer(history=10_000, retry=1)
+pace = threading.Event()  # never set
+
+@app.get("/")
+def page():
+    return """
+<script>
+  let opened = 0, gaps = 0, numbers = [];
+  const source = new EventSource("/subscribe");
+  source.onopen = () => opened += 1;
+  source.onmessage = (event) => numbers.push(parseInt(event.data));
+  source.addEventListener("gap", () => gaps += 1);
+  function outrun() {
+    const request = new XMLHttpRequest();
+    request.open("POST", "/outrun", false);
+    request.send();
+    return parseInt(request.responseText);
+  }
+</script>
+"""
+
+@app.get("/subscribe")
+def subscribe():
+    return bouncer.stream()
+
+@app.post("/outrun")
+def outrun():
+    for number in itertools.count():
+        bouncer.broadcast(str(number).ljust(16_384))
+        pace.wait(0.002)
+        if bouncer.stats()["dropped"]:
+            bouncer.broadcast(str(number + 1))  # while nobody is there
+            return str(number + 2)
+'''
+
+
+def test_history_browser_opens_is_dropped_and_resumes(browser: Browser) -> None:
+    """EventSource opens before the first event, is dropped while its page is busy, comes back by
+    itself, and has missed nothing."""
+    with serve("development", OUTRUN) as server:
+        browser.go(f"http://127.0.0.1:{server.port}/")
+        browser.wait_until("opened === 1")
+        assert [] == browser.run("return numbers")
+        count = browser.run("return outrun()")
+        browser.wait_until(f"numbers.length >= {count}")
+        assert list(range(count)) == browser.run("return numbers")
+        assert [2, 0] == browser.run("return [opened, gaps]")
+        browser.go("about:blank")
+
+
+# =================================================================================================
+# RELAY
+#
+# Many processes: what a bouncer makes of any relay, shown with one of a few lines; RedisRelay with
+# a real Redis; and servers of several processes with a Redis between them that dies and comes back.
+# =================================================================================================
+
+
+class SharedMemory:
+    """A relay of one's own, as short as the contract allows: a list, between bouncers here."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, str | None, str]] = []
+        self.changed = threading.Condition()
+        self._numbers = itertools.count()
+
+    def publish(self, channel: str | None, frame: str) -> None:
+        with self.changed:
+            id = f"{time.time_ns() // 1_000_000}-{next(self._numbers)}"
+            self.entries.append((id, channel, frame))
+            self.changed.notify_all()
+
+    def recent(self, count: int) -> tuple[str, list[tuple[str, str | None, str]]]:
+        with self.changed:
+            start = max(0, len(self.entries) - count)
+            return self.entries[start - 1][0] if start else "0-0", self.entries[start:]
+
+    def read(
+        self, after: str, timeout: float
+    ) -> tuple[bool, list[tuple[str, str | None, str]]]:
+        with self.changed:
+            self.changed.wait_for(lambda: self._after(after), timeout)
+            return True, self._after(after)
+
+    def _after(self, id: str) -> list[tuple[str, str | None, str]]:
+        return [entry for entry in self.entries if id_value(entry[0]) > id_value(id)]
+
+
+class BrokenMemory(SharedMemory):
+    """A relay that is away, loses events or keeps its readers waiting when a test says so."""
+
+    class Away(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = self.lost = self.held = False
+        self.tries = 0
+
+    def publish(self, channel: str | None, frame: str) -> None:
+        if self.away:
+            raise self.Away
+        super().publish(channel, frame)
+
+    def recent(self, count: int) -> tuple[str, list[tuple[str, str | None, str]]]:
+        self.tries += 1
+        if self.away:
+            raise self.Away
+        return super().recent(count)
+
+    def read(
+        self, after: str, timeout: float
+    ) -> tuple[bool, list[tuple[str, str | None, str]]]:
+        self.tries += 1
+        super().read(after, timeout)
+        with self.changed:
+            self.changed.wait_for(lambda: not self.held, TIMEOUT)
+            if self.away:
+                raise self.Away
+            whole, self.lost = not self.lost, False
+            return whole, self._after(after)
+
+    def lose_last(self) -> None:
+        """Lose an event that readers, who are held, have yet to read."""
+        del self.entries[-1]
+        self.lost = True
+
+    def let_go(self) -> None:
+        with self.changed:
+            self.held = False
+            self.changed.notify_all()
+
+
+def relay_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "sse_bouncer relay"]
+
+
+class Bouncers:
+    """Makes bouncers, and closes them with the test."""
+
+    def __init__(self) -> None:
+        self._made: list[EventBouncer] = []
+        self._others = relay_threads()
+
+    def __call__(self, relay: Any, **options: Any) -> EventBouncer:
+        self._made.append(EventBouncer(**{"history": 100, "relay": relay, **options}))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for bouncer in self._made:
+            bouncer.close()
+            # Wakes the reader, which then sees that it is over.
+            with contextlib.suppress(Exception):
+                bouncer.broadcast("closed")
+        # Or what they log would be found in the next test.
+        wait_until(lambda: set(relay_threads()) <= set(self._others), "the readers end")
+
+
+@pytest.fixture
+def bouncers() -> Iterator[Bouncers]:
+    bouncers = Bouncers()
+    yield bouncers
+    bouncers.close()
+
+
+def next_datas(subscription: Subscription, count: int) -> list[str]:
+    return [event.data for event in next_events(subscription, count)]
+
+
+def next_events(subscription: Subscription, count: int) -> list[Event]:
+    return parse("".join(subscription.get(timeout=TIMEOUT) for _ in range(count)).encode())
+
+
+def test_relay_contract_carries_events_to_every_process(bouncers: Bouncers) -> None:
+    relay = SharedMemory()
+    one, two = bouncers(relay), bouncers(relay)
+    subscriptions = [one.subscribe("x"), one.subscribe(), two.subscribe("x"), two.subscribe()]
+    one.broadcast("a\nb", "greet")
+    two.broadcast("private", channel="x")
+    two.broadcast("c")
+    expected = [["a\nb", "private", "c"], ["a\nb", "c"]] * 2
+    assert expected == [
+        next_datas(s, len(wanted)) for s, wanted in zip(subscriptions, expected, strict=True)
+    ]
+
+
+def test_relay_contract_gives_one_order_and_one_id_everywhere(bouncers: Bouncers) -> None:
+    relay = SharedMemory()
+    made = [bouncers(relay, maxsize=1000) for _ in range(3)]
+    subscriptions = [bouncer.subscribe() for bouncer in made]
+    publishers = [
+        Task(lambda b=b, n=n: [b.broadcast([n, k]) for k in range(50)])  # type: ignore[misc]
+        for n, b in enumerate(made)
+    ]
+    for publisher in publishers:
+        publisher.result()
+    order, *others = [next_events(subscription, 150) for subscription in subscriptions]
+    assert [order, order] == others
+    assert are_increasing([event.id for event in order])
+    assert [entry[0] for entry in relay.entries] == [event.id for event in order]
+
+
+@resumes
+def test_relay_contract_resumes_at_a_process_just_started(
+    bouncers: Bouncers, history: int, count: int, after: int, missed: list[int], gap: bool
+) -> None:
+    relay = SharedMemory()
+    ids = [bouncers(relay).last_event_id or ""]
+    for number in range(1, count + 1):
+        relay.publish(None, f"data: {number}\n\n")
+    ids += [entry[0] for entry in relay.entries]
+    started = bouncers(relay, history=history)
+    subscription = started.subscribe(last_event_id=ids[after])
+    started.broadcast("live")
+    received = next_datas(subscription, len(missed) + 1)
+    assert ([*map(str, missed), "live"], gap) == (received, subscription.gap)
+
+
+def test_relay_contract_works_without_a_history(bouncers: Bouncers) -> None:
+    """There are ids all the same, and a client that missed something is told of a gap."""
+    relay = SharedMemory()
+    bouncer = bouncers(relay, history=0)
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("a")
+    bouncer.broadcast("b")
+    first, second = next_events(subscription, 2)
+    assert [True, False] == [
+        bouncer.subscribe(last_event_id=event.id).gap for event in (first, second)
+    ]
+
+
+def test_relay_contract_publish_error_reaches_the_publisher(bouncers: Bouncers) -> None:
+    """The very exception, and nobody gets anything of what was not accepted."""
+    relay = BrokenMemory()
+    bouncer = bouncers(relay)
+    subscription = bouncer.subscribe()
+    relay.away = True
+    with pytest.raises(BrokenMemory.Away):
+        bouncer.broadcast("not accepted")
+    relay.away = False
+    bouncer.broadcast("accepted")
+    assert ["accepted"] == next_datas(subscription, 1)
+
+
+@pytest.mark.parametrize("broadcast", OWN_IDS)
+def test_relay_contract_refuses_ids(
+    broadcast: Callable[[EventBouncer], None], bouncers: Bouncers
+) -> None:
+    """Before it is published: no process has to find out by itself."""
+    relay = SharedMemory()
+    bouncer = bouncers(relay)
+    with pytest.raises(ValueError, match="id: expected none"):
+        broadcast(bouncer)
+    assert [] == relay.entries
+
+
+def test_relay_contract_reader_tries_until_it_can(
+    bouncers: Bouncers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line when the relay goes, one when it is back, and what it kept arrives."""
+    relay = BrokenMemory()
+    bouncer = bouncers(relay)
+    subscription = bouncer.subscribe()
+    with caplog.at_level(logging.WARNING, "sse_bouncer"):
+        relay.held = relay.away = True
+        SharedMemory.publish(relay, None, "data: kept\n\n")
+        tries = relay.tries
+        relay.let_go()
+        wait_until(lambda: relay.tries >= tries + 3, "it tries again and again")
+        relay.away = False
+        assert ["kept"] == next_datas(subscription, 1)
+        wait_until(lambda: len(caplog.messages) >= 2, "it is said that the relay is back")
+    cannot, back = caplog.messages
+    assert "cannot be read; trying until it can: Away()" in cannot
+    assert "the relay is back" == back
+
+
+def test_relay_contract_loss_is_told_to_everyone(
+    bouncers: Bouncers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A gap event, then what is left; one that comes back later from before it is told as well."""
+    relay = BrokenMemory()
+    bouncer = bouncers(relay)
+    subscriptions = [bouncer.subscribe(), bouncer.subscribe("x")]
+    bouncer.broadcast("before")
+    before = [next_events(s, 1) for s in subscriptions][0][0]
+    relay.held = True
+    bouncer.broadcast("lost")
+    relay.lose_last()
+    bouncer.broadcast("after")
+    relay.let_go()
+    received = [next_events(s, 2) for s in subscriptions]
+    assert [[("gap", ""), ("message", "after")]] * 2 == [
+        [(event.type, event.data) for event in events] for events in received
+    ]
+    assert are_increasing([before.id, *[event.id for event in received[0]]])
+    assert bouncer.subscribe(last_event_id=before.id).gap
+    assert not bouncer.subscribe(last_event_id=received[0][0].id).gap
+    assert 1 == sum("events were lost in the relay" in message for message in caplog.messages)
+
+
+def test_relay_contract_resuming_waits_for_a_relay_that_is_away(bouncers: Bouncers) -> None:
+    """What was missed cannot be told yet, so the client is told to come back; a new one may stay,
+    and gets what is published from then on, but not what was before."""
+    relay = BrokenMemory()
+    relay.publish(None, "data: old\n\n")
+    relay.entries[0] = ("1000-0", None, "data: old\n\n")
+    relay.away = True
+    bouncer = bouncers(relay)
+    with pytest.raises(EventBouncer.Refused, match="waiting for its relay"):
+        bouncer.subscribe(last_event_id="1000-0")
+    told = app_of(bouncer.stream).test_client().get("/", headers={"Last-Event-ID": "1000-0"})
+    assert (200, []) == (told.status_code, parse(told.data))
+    assert re.fullmatch(rb"retry: [0-9]+\n: [^\n]+\n", told.data)
+    staying = bouncer.subscribe()
+    SharedMemory.publish(relay, None, "data: new\n\n")
+    relay.away = False
+    assert ["new"] == next_datas(staying, 1)
+    assert ["new"] == held(bouncer.subscribe(last_event_id="1000-0"))
+
+
+@contextlib.contextmanager
+def serve_here(app: flask.Flask) -> Iterator[int]:
+    """Serve the app from this process by the development server; its streams are detached."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server.port
+    finally:
+        server.shutdown()
+        thread.join(TIMEOUT)
+        server.server_close()
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "served"])
+def test_relay_contract_a_client_may_know_more_than_the_process(
+    bouncers: Bouncers, detach: bool
+) -> None:
+    """It comes from a process that was faster: what this one has yet to read, it does not get
+    again, but whatever comes after that."""
+    relay = BrokenMemory()
+    fast = bouncers(relay)
+    slow = bouncers(relay, detach=detach)
+    ahead = fast.subscribe()
+    assert [] == held(slow.subscribe())  # its reader reads
+    relay.held = True
+    for message in "abcd":
+        fast.broadcast(message)
+    with serve_here(app_of(slow.stream)) as port:
+        client = Client(port, "/", headers={"Last-Event-ID": relay.entries[1][0]})
+        with contextlib.closing(client):
+            expected = {"subscribers": 1, "detached": int(detach)}.items()
+            wait_until(lambda: expected <= slow.stats().items(), "the stream stands")
+            relay.let_go()
+            assert ["c", "d"] == [event.data for event in client.events(2)]
+            fast.broadcast("e")
+            assert "e" == client.event().data
+    assert [*"abcde"] == next_datas(ahead, 5)
+
+
+@pytest.mark.parametrize("end", [EventBouncer.close, None], ids=["closed", "forgotten"])
+def test_relay_contract_the_reader_ends_with_its_bouncer(
+    end: Callable[[EventBouncer], None] | None,
+) -> None:
+    relay = SharedMemory()
+    others = relay_threads()
+    bouncer = EventBouncer(relay=relay, history=1)
+    bouncer.subscribe()
+    (reader,) = set(relay_threads()) - set(others)
+    if end is not None:
+        end(bouncer)
+    else:
+        del bouncer
+
+    def ended() -> bool:
+        gc.collect()
+        relay.publish(None, "data: wakes it\n\n")
+        return not reader.is_alive()
+
+    wait_until(ended, "the reader ends")
+
+
+def test_relay_contract_only_publishing_starts_no_thread(bouncers: Bouncers) -> None:
+    others = relay_threads()
+    bouncer = bouncers(SharedMemory())
+    bouncer.broadcast("a")
+    assert others == relay_threads()
+
+
+def test_relay_contract_one_reader_for_all_subscribers(bouncers: Bouncers) -> None:
+    others = relay_threads()
+    bouncer = bouncers(SharedMemory())
+    subscriptions = [bouncer.subscribe() for _ in range(100)]
+    bouncer.broadcast("a")
+    assert [["a"]] * 100 == [next_datas(s, 1) for s in subscriptions]
+    assert 1 == len(set(relay_threads()) - set(others))
+
+
+CLIENT = SimpleNamespace(xadd=None)
+RELAY_REFUSED: list[tuple[Callable[[], object], type[Exception], str, str]] = [
+    (lambda: RedisRelay("redis://localhost"), TypeError, "client", "'redis://localhost'"),
+    (lambda: RedisRelay(None), TypeError, "client", "None"),
+    (lambda: RedisRelay(CLIENT, ""), ValueError, "key", "''"),
+    (lambda: RedisRelay(CLIENT, 5), TypeError, "key", "5"),  # type: ignore[arg-type]
+    (lambda: RedisRelay(CLIENT, maxlen=0), ValueError, "maxlen", "0"),
+    (lambda: RedisRelay(CLIENT, maxlen=True), TypeError, "maxlen", "True"),
+    (lambda: RedisRelay(CLIENT, maxlen=1.5), TypeError, "maxlen", "1.5"),  # type: ignore[arg-type]
+    (lambda: EventBouncer(relay="redis://localhost"), TypeError, "relay", "'redis://localhost'"),  # type: ignore[arg-type]
+    (lambda: EventBouncer(history=-1), ValueError, "history", "-1"),
+    (lambda: EventBouncer(history=True), TypeError, "history", "True"),
+    (lambda: EventBouncer(history=None), TypeError, "history", "None"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "argument", "given"),
+    RELAY_REFUSED,
+    ids=[f"{argument}-{given}" for _, _, argument, given in RELAY_REFUSED],
+)
+def test_relay_bad_input_is_refused(
+    call: Callable[[], object], error: type[Exception], argument: str, given: str
+) -> None:
+    with pytest.raises(error, match=f"{argument}: expected .+ got .*{re.escape(given)}"):
+        call()
+
+
+# With a real Redis.
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """Keep a port for a server that cannot find one by itself: bound, but not listened at.
+
+    Nobody else is given it, while a server that sets SO_REUSEADDR, as all do, can have it.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+class Redis:
+    """A redis-server that can be killed and started again."""
+
+    def __init__(self, folder: Path, port: int, *options: str) -> None:
+        self._folder = folder
+        self._command = [need_program("redis-server"), "--port", str(port), "--save", ""]
+        self._command += ["--bind", "127.0.0.1", "--dir", str(folder), *options]
+        self._server: Server | None = None
+        self._clients: list[Any] = []
+        self.port = port
+        self.url = f"redis://127.0.0.1:{port}"
+
+    def start(self) -> None:
+        self._server = Server("redis", self._command, self._folder, environment())
+        self._server.wait_for_log("Ready to accept connections")
+
+    def kill(self) -> None:
+        if self._server is not None:
+            self._server.kill()
+            self._server = None
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._server
+        self._server.process.send_signal(number)
+
+    def client(self, **options: Any) -> Any:
+        """Return a client that does not try again by itself: its errors come promptly."""
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        options = {"retry": Retry(NoBackoff(), 0), **options}
+        self._clients.append(redis.Redis(port=self.port, **options))
+        return self._clients[-1]
+
+    def relay(self, key: str = "sse", maxlen: int = 10_000, **options: Any) -> RedisRelay:
+        return RedisRelay(self.client(**options), key, maxlen)
+
+    def close(self) -> None:
+        self.kill()
+        for client in self._clients:
+            client.close()
+
+
+@contextlib.contextmanager
+def redis_server(*options: str) -> Iterator[Redis]:
+    need("redis")
+    with held_port() as port, tempfile.TemporaryDirectory() as folder:
+        redis = Redis(Path(folder), port, *options)
+        try:
+            redis.start()
+            yield redis
+        finally:
+            redis.close()
+
+
+@pytest.fixture(scope="module")
+def shared_redis() -> Iterator[Redis]:
+    with redis_server() as redis:
+        yield redis
+
+
+@pytest.fixture
+def key(request: pytest.FixtureRequest) -> str:
+    """The key of one test's own stream, in the Redis that all share."""
+    return request.node.name  # type: ignore[no-any-return]
+
+
+# What users pass to redis.Redis; where the server wants a password, it is "secret".
+REDIS_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"decode_responses": True},
+    {"protocol": 2},
+    {"protocol": 3},
+    {"protocol": 3, "decode_responses": True},
+    {"socket_timeout": 0.5},
+    {"password": "secret"},
+]
+redis_options = pytest.mark.parametrize("options", REDIS_OPTIONS, ids=str)
+
+
+@redis_options
+def test_relay_redis_carries_anything(options: dict[str, Any], bouncers: Bouncers) -> None:
+    """Text of any kind, on channels of any name, by any client: live, and to who comes later."""
+    texts = ["a\nb", "", " x", "grüß 😀", "\0", "x\u2028y", "id: 7", "last"]
+    arguments = ["--requirepass", "secret"] if "password" in options else []
+    with redis_server(*arguments) as redis:
+        one, two = bouncers(redis.relay(**options)), bouncers(redis.relay(**options))
+        start = one.last_event_id
+        subscription, of_none = two.subscribe("grüß 😀"), two.subscribe()
+        for text in texts:
+            one.broadcast(text, channel="grüß 😀")
+        one.broadcast("to all")
+        live = next_events(subscription, len(texts))
+        assert texts == [event.data for event in live]
+        assert ["to all"] == next_datas(of_none, 1)
+        late = bouncers(redis.relay(**options)).subscribe("grüß 😀", last_event_id=start)
+        assert live == next_events(late, len(texts))
+        bouncers.close()
+
+
+def test_relay_redis_wrong_password_is_the_publishers_to_hear(bouncers: Bouncers) -> None:
+    with redis_server("--requirepass", "secret") as redis:
+        import redis as package
+
+        with pytest.raises(package.AuthenticationError):
+            bouncers(redis.relay(password="wrong")).broadcast("x")
+
+
+def test_relay_redis_key_of_something_else(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    """A key that holds no stream: the publisher hears Redis's own words."""
+    import redis as package
+
+    shared_redis.client().set(key, "a string")
+    with pytest.raises(package.ResponseError, match="WRONGTYPE"):
+        bouncers(shared_redis.relay(key)).broadcast("x")
+
+
+def test_relay_redis_keys_are_apart(shared_redis: Redis, key: str, bouncers: Bouncers) -> None:
+    one, two = bouncers(shared_redis.relay(key)), bouncers(shared_redis.relay(key + "2"))
+    subscription = two.subscribe()
+    one.broadcast("not for two")
+    two.broadcast("for two")
+    assert ["for two"] == next_datas(subscription, 1)
+
+
+@resumes
+def test_relay_redis_resumes_at_a_process_just_started(
+    shared_redis: Redis,
+    bouncers: Bouncers,
+    key: str,
+    history: int,
+    count: int,
+    after: int,
+    missed: list[int],
+    gap: bool,
+) -> None:
+    """A process that starts fills its history from the stream before it answers."""
+    client = shared_redis.client(decode_responses=True)
+    ids = [bouncers(shared_redis.relay(key)).last_event_id or ""]
+    for number in range(1, count + 1):
+        bouncers(shared_redis.relay(key)).broadcast(number)
+    ids += [id for id, _ in client.xrange(key)]
+    started = bouncers(shared_redis.relay(key), history=history)
+    subscription = started.subscribe(last_event_id=ids[after])
+    started.broadcast("live")
+    received = next_datas(subscription, len(missed) + 1)
+    assert ([*map(str, missed), "live"], gap) == (received, subscription.gap)
+
+
+def test_relay_redis_keeps_about_maxlen_and_tells_of_the_rest(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    """What Redis has trimmed is a gap to who missed it, and to nobody else."""
+    client = shared_redis.client(decode_responses=True)
+    publisher = bouncers(shared_redis.relay(key, maxlen=10))
+    publisher.broadcast(0)
+    first = client.xrange(key)[0][0]
+    for number in range(1, 300):
+        publisher.broadcast(number)
+    kept = [id for id, _ in client.xrange(key)]
+    assert 10 <= len(kept) < 300
+    started = bouncers(shared_redis.relay(key), history=1000)
+    late, latest = started.subscribe(last_event_id=first), started.subscribe(last_event_id=kept[0])
+    assert [True, False] == [late.gap, latest.gap]
+    numbers = [str(number) for number in range(300 - len(kept), 300)]
+    assert [numbers, numbers[1:]] == [held(late), held(latest)]
+
+
+def test_relay_redis_resumes_after_the_stream_was_deleted(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    """Open streams go on; at a process just started, what went with the key is a gap."""
+    client = shared_redis.client()
+    bouncer = bouncers(shared_redis.relay(key))
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("a")
+    bouncer.broadcast("b")
+    first, _ = next_events(subscription, 2)
+    client.delete(key)
+    bouncer.broadcast("c")
+    assert ["c"] == next_datas(subscription, 1)
+    started = bouncers(shared_redis.relay(key))
+    resumed = started.subscribe(last_event_id=first.id)
+    assert (["c"], True) == (held(resumed), resumed.gap)
+
+
+# Fields of entries that someone else has added to the stream.
+FOREIGN: list[dict[bytes, bytes]] = [
+    {b"something": b"else"},
+    {b"frame": b""},
+    {b"frame": b"no blank line"},
+    {b"frame": b"data: no blank line\n"},
+    {b"frame": b"data: \xff\n\n"},
+    {b"frame": b"id: 7\ndata: an id of its own\n\n"},
+    {b"frame": b"data: x\n\n", b"channel": b""},
+    {b"data": b"x", b"\xff": b"\xff"},
+]
+
+
+@pytest.mark.parametrize("options", REDIS_OPTIONS[:5], ids=str)
+@pytest.mark.parametrize("fields", FOREIGN, ids=str)
+def test_relay_redis_skips_foreign_entries(
+    fields: dict[bytes, bytes],
+    options: dict[str, Any],
+    shared_redis: Redis,
+    key: str,
+    bouncers: Bouncers,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With one line in the log for each, where the reader meets it: live, or when it starts."""
+    client = shared_redis.client()
+    bouncer = bouncers(shared_redis.relay(key, **options))
+    start = bouncer.last_event_id
+    subscription = bouncer.subscribe()
+    client.xadd(key, fields)
+    bouncer.broadcast("next")
+    assert ["next"] == next_datas(subscription, 1)
+    assert 1 == sum("skipped an entry" in message for message in caplog.messages)
+    started = bouncers(shared_redis.relay(key, **options))
+    assert ["next"] == held(started.subscribe(last_event_id=start))
+    assert 2 == sum("skipped an entry" in message for message in caplog.messages)
+    assert not [message for message in caplog.messages if "cannot be read" in message]
+
+
+def test_relay_redis_fuzz_foreign_entries(
+    shared_redis: Redis, key: str, bouncers: Bouncers, rng: random.Random
+) -> None:
+    """Whatever anyone adds to the stream, the reader goes on, and so does one that starts."""
+    client = shared_redis.client()
+    bouncer = bouncers(shared_redis.relay(key, decode_responses=True), maxsize=10_000)
+    subscription = bouncer.subscribe("x")
+    values = [b"", b"x", b"\xff", b"data: x\n\n", b"id: 1\n\n", b"\r\r", b"data: \xed\xa0\x80\n\n"]
+    for _ in range(200 * FUZZ):
+        names = rng.sample([b"frame", b"channel", b"once", b"", b"\xff"], rng.randrange(1, 5))
+        fields = {n: rng.choice([*values, rng.randbytes(9), rng.randbytes(99)]) for n in names}
+        client.xadd(key, fields)
+    bouncer.broadcast("last")
+    wait_until(lambda: next_datas(subscription, 1) == ["last"], "the last one")
+    client.xadd(key, {"frame": "data: end\n\n"})  # the first and the last are always read
+    client.xtrim(key, maxlen=100, approximate=False)
+    started = bouncers(shared_redis.relay(key)).subscribe("x", last_event_id="0-1")
+    assert ["last", "end"] == held(started)[-2:]
+
+
+def test_relay_redis_a_retried_xadd_is_delivered_once(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    """A client that lost the answer sends the same again; the same text sent twice is another
+    matter."""
+    client = shared_redis.client()
+    bouncer = bouncers(shared_redis.relay(key))
+    start = bouncer.last_event_id
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("once")
+    client.xadd(key, client.xrange(key)[-1][1])
+    bouncer.broadcast("twice")
+    bouncer.broadcast("twice")
+    assert ["once", "twice", "twice"] == next_datas(subscription, 3)
+    started = bouncers(shared_redis.relay(key))
+    client.xadd(key, client.xrange(key)[0][1])
+    started.broadcast("last")
+    late = started.subscribe(last_event_id=start)
+    assert ["once", "twice", "twice", "last"] == next_datas(late, 4)
+
+
+ONLY_PUBLISHES = """
+import sys, threading
+sys.modules["flask"] = sys.modules["werkzeug"] = None  # an import of either now fails
+import redis
+from sse_bouncer import EventBouncer, RedisRelay
+bouncer = EventBouncer(relay=RedisRelay(redis.Redis.from_url(sys.argv[1]), key=sys.argv[2]))
+bouncer.broadcast("from a cron job", channel="x")
+print(threading.enumerate() == [threading.main_thread()])
+"""
+
+
+def test_relay_redis_a_process_that_only_publishes(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    """It starts no thread, and needs no Flask."""
+    subscription = bouncers(shared_redis.relay(key)).subscribe("x")
+    finished = run_python(ONLY_PUBLISHES, shared_redis.url, key)
+    assert ("True\n", "") == (finished.stdout, finished.stderr)
+    assert ["from a cron job"] == next_datas(subscription, 1)
+
+
+def test_relay_redis_one_connection_however_many_subscribers(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    """One that reads, and one for as many as publish at a time."""
+    bouncer = bouncers(shared_redis.relay(key, client_name="counted"))
+    subscriptions = [bouncer.subscribe() for _ in range(100)]
+    for number in range(5):
+        bouncer.broadcast(number)
+    assert [[*"01234"]] * 100 == [next_datas(s, 5) for s in subscriptions]
+    names = [client["name"] for client in shared_redis.client().client_list()]
+    assert 1 <= names.count("counted") <= 2
+
+
+def test_relay_redis_idle_with_a_short_timeout_of_its_own(
+    shared_redis: Redis, key: str, bouncers: Bouncers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client that soon takes a silent connection for a broken one does not do so here."""
+    bouncer = bouncers(shared_redis.relay(key, socket_timeout=0.2))
+    bouncer.subscribe()
+    client = shared_redis.client()
+
+    def reads() -> int:
+        stats: dict[str, Any] = client.info("commandstats").get("cmdstat_xread", {})
+        return int(stats.get("calls", 0))
+
+    before = reads()
+    wait_until(lambda: reads() >= before + 3, "it reads and finds nothing")
+    bouncer.broadcast("a")
+    assert not [message for message in caplog.messages if "cannot be read" in message]
+
+
+def test_relay_redis_that_hangs(bouncers: Bouncers) -> None:
+    """The publisher hears of it from the client, by its timeout; streams go on afterwards."""
+    import redis as package
+
+    with redis_server() as redis:
+        bouncer = bouncers(redis.relay(socket_timeout=0.5))
+        subscription = bouncer.subscribe()
+        redis.signal(signal.SIGSTOP)
+        with pytest.raises(package.TimeoutError):
+            bouncer.broadcast("nobody knows")  # Redis may find it when it goes on
+        redis.signal(signal.SIGCONT)
+        publish_when_back(bouncer, "back")
+        wait_until(lambda: next_datas(subscription, 1) == ["back"], "it is back")
+        bouncers.close()
+
+
+def publish_when_back(bouncer: EventBouncer, message: str) -> None:
+    """Broadcast once Redis takes it: connections of before it went are still to be found dead."""
+
+    def accepted() -> bool:
+        with contextlib.suppress(ConnectionError, *redis_errors()):
+            bouncer.broadcast(message)
+            return True
+        return False
+
+    wait_until(accepted, "Redis is back")
+
+
+def redis_errors() -> tuple[type[Exception], ...]:
+    import redis
+
+    return (redis.RedisError,)
+
+
+def test_relay_redis_restarted_empty_is_a_gap(bouncers: Bouncers) -> None:
+    with redis_server() as redis:
+        bouncer = bouncers(redis.relay())
+        subscription = bouncer.subscribe()
+        bouncer.broadcast("before")
+        (before,) = next_events(subscription, 1)
+        redis.kill()
+        redis.start()
+        publish_when_back(bouncer, "after")
+        gap, after = next_events(subscription, 2)
+        assert [("gap", ""), ("message", "after")] == [(e.type, e.data) for e in (gap, after)]
+        assert are_increasing([before.id, gap.id, after.id])
+        bouncers.close()
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+def test_relay_redis_restarted_empty_with_a_clock_that_is_behind(
+    noticed: bool, bouncers: Bouncers
+) -> None:
+    """Ids begin lower than they were, whether the readers have seen it empty or not."""
+    with redis_server() as redis:
+        bouncer = bouncers(redis.relay())
+        subscription = bouncer.subscribe()
+        bouncer.broadcast("before")
+        next_events(subscription, 1)
+        redis.kill()
+        redis.start()
+        received = next_events(subscription, 1) if noticed else []
+        redis.client().xadd("sse", {"frame": "data: after\n\n"}, id="1000-1")
+        redis.client().xadd("sse", {"frame": "data: last\n\n"}, id="1000-2")
+        while not received or received[-1].data != "last":
+            received += next_events(subscription, 1)
+        gap, *_, after, last = received
+        assert ("gap", "") == (gap.type, gap.data)
+        assert [Event("after", id="1000-1"), Event("last", id="1000-2")] == [after, last]
+        bouncers.close()
+
+
+def test_relay_redis_away_when_the_process_starts(bouncers: Bouncers) -> None:
+    """A stream opens all the same and goes live with Redis, without what was before; a client that
+    resumes is told to come back, and then gets what it missed."""
+    with redis_server("--appendonly", "yes", "--appendfsync", "always") as redis:
+        publisher = bouncers(redis.relay())
+        publisher.broadcast("old")
+        publisher.broadcast("missed")
+        (first, _), _ = redis.client(decode_responses=True).xrange("sse")
+        redis.kill()
+        bouncer = bouncers(redis.relay())
+        app = app_of(bouncer.stream)
+        told = app.test_client().get("/", headers={"Last-Event-ID": first})
+        assert (200, []) == (told.status_code, parse(told.data))
+        assert re.fullmatch(rb"retry: [0-9]+\n: [^\n]+\n", told.data)
+        with app.test_client().get("/") as response:
+            body = response.iter_encoded()
+            assert b":\n" == next(body)
+            redis.start()
+            publish_when_back(publisher, "new")
+            assert ["new"] == [event.data for event in parse(next(body))]
+        resumed = bouncer.subscribe(last_event_id=first)
+        assert (["missed", "new"], False) == (held(resumed), resumed.gap)
+        bouncers.close()
+
+
+def test_relay_redis_cluster(bouncers: Bouncers) -> None:
+    """redis.RedisCluster does as well as redis.Redis."""
+    with held_port() as bus, redis_server(
+        "--cluster-enabled", "yes", "--cluster-port", str(bus)
+    ) as redis:
+        from redis import RedisCluster
+
+        node = redis.client(decode_responses=True)
+        node.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        wait_until(
+            lambda: node.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the cluster"
+        )
+        clients: list[Any] = [RedisCluster(host="127.0.0.1", port=redis.port) for _ in range(2)]
+        one, two = (bouncers(RedisRelay(client)) for client in clients)
+        start = one.last_event_id
+        subscription = two.subscribe("x")
+        one.broadcast("a", channel="x")
+        node.xadd("sse", {"frame": b"\xff"})
+        one.broadcast("b")
+        assert ["a", "b"] == next_datas(subscription, 2)
+        assert ["a", "b"] == next_datas(one.subscribe("x", last_event_id=start), 2)
+        bouncers.close()
+        for client in clients:
+            client.close()
+
+
+# Servers of several processes, with Redis between them, or without.
+PROCESSES = '''
+import os
+import redis
+from flask import Flask, request
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from sse_bouncer import EventBouncer, RedisRelay
+
+app = Flask(__name__)
+relay = None
+if url := os.environ.get("REDIS_URL"):
+    client = redis.Redis.from_url(
+        url, retry=Retry(NoBackoff(), 0), client_name=f"process-{os.getpid()}"
+    )
+    relay = RedisRelay(client, maxlen=int(os.environ.get("MAXLEN", 10_000)))
+bouncer = EventBouncer(history=10_000, heartbeat=0.1, relay=relay)
+start = bouncer.last_event_id  # read at import: with --preload before the fork
+
+@app.after_request
+def sign(response):
+    response.headers["X-Process"] = str(os.getpid())
+    return response
+
+@app.get("/subscribe")
+def subscribe():
+    return bouncer.stream(*request.args.getlist("channel"))
+
+@app.post("/publish")
+def publish():
+    bouncer.broadcast(request.get_data(), channel=request.args.get("channel"))
+    return {}
+
+@app.errorhandler(redis.RedisError)
+def away(error):
+    return type(error).__name__, 503
+'''
+
+
+@contextlib.contextmanager
+def serve_processes(
+    kind: str, redis: Redis | None, *options: str, app: str = PROCESSES
+) -> Iterator[Server]:
+    url = redis.url if redis else ""
+    with serve(kind, app, "--env", f"REDIS_URL={url}", *options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def fleet_redis() -> Iterator[Redis]:
+    with redis_server() as redis:
+        yield redis
+
+
+@pytest.fixture(scope="module")
+def both_servers(fleet_redis: Redis) -> Iterator[tuple[Server, Server]]:
+    """Two servers of different kinds, with two processes each, and one Redis."""
+    with (
+        serve_processes("sync", fleet_redis, "--workers", "2") as one,
+        serve_processes("gthread", fleet_redis, "--workers", "2") as two,
+    ):
+        yield one, two
+
+
+@pytest.fixture
+def fleet(both_servers: tuple[Server, Server]) -> Iterator[tuple[Server, Server]]:
+    yield both_servers
+    for server in both_servers:
+        server.close_clients()
+        assert "" == server.complaints()
+
+
+def process_of(client: Client) -> str:
+    return dict(client.headers)["x-process"]
+
+
+def spread(servers: Sequence[Server], least: int, processes: int) -> list[Client]:
+    """Open streams until there are at least so many at each process."""
+    clients: dict[str, list[Client]] = defaultdict(list)
+
+    def enough() -> bool:
+        for server in servers:
+            client = subscribe(server, "/subscribe")
+            clients[process_of(client)].append(client)
+        return len(clients) == processes and all(len(c) >= least for c in clients.values())
+
+    wait_until(enough, f"streams at {processes} processes")
+    return [client for own in clients.values() for client in own]
+
+
+def test_processes_all_agree(fleet: tuple[Server, Server]) -> None:
+    """Two servers of two processes each: every client gets every event once, and all of them the
+    same ids in the same order, whoever published."""
+    clients = spread(fleet, least=6, processes=4)
+    readers = [Task(lambda c=c: c.events(200)) for c in clients]  # type: ignore[misc]
+    publishers = [
+        Task(lambda s=s, n=n: [s.post("/publish", f"{n} {k}".encode()) for k in range(50)])  # type: ignore[misc]
+        for n, s in enumerate(fleet * 2)
+    ]
+    for publisher in publishers:
+        publisher.result()
+    order, *others = [reader.result() for reader in readers]
+    assert {tuple(order)} == {tuple(other) for other in others}
+    assert are_increasing([event.id for event in order])
+    for n in range(4):
+        own = [event.data for event in order if event.data.startswith(f"{n} ")]
+        assert [f"{n} {k}" for k in range(50)] == own
+
+
+def test_processes_resume_anywhere(
+    fleet: tuple[Server, Server], fleet_redis: Redis
+) -> None:
+    """At another process, another server, one that has just started, one that preloads its app:
+    wherever a client comes back to, it gets what it missed, from the same ids."""
+    client = subscribe(fleet[0], "/subscribe?channel=x")
+    fleet[0].post("/publish", b"seen")
+    last = client.event()
+    client.close()
+    for number in range(20):
+        fleet[number % 2].post(f"/publish?channel={'xy'[number % 2]}", str(number).encode())
+    expected = [str(number) for number in range(0, 20, 2)]
+    with serve_processes("gthread", fleet_redis, "--workers", "2", "--preload") as started:
+        for server in (*fleet, *fleet, started, started):
+            path = "/subscribe?channel=x"
+            resumed = server.client(path, headers={"Last-Event-ID": last.id})
+            assert expected == [event.data for event in resumed.events(10)]
+
+
+def test_processes_random_cuts(
+    fleet: tuple[Server, Server], rng: random.Random
+) -> None:
+    """Dozens of clients that hop between servers and processes, while events flow, miss nothing
+    and get nothing twice."""
+    settled = threading.Event()
+    ports = [server.port for server in fleet]
+    followers = [
+        Task(lambda s=s: follow(random.Random(s), ports, "/subscribe", settled))  # type: ignore[misc]
+        for s in [rng.random() for _ in range(24)]
+    ]
+    for number in range(200):
+        rng.choice(fleet).post("/publish", str(number).encode())
+    settled.set()
+    fleet[0].post("/publish", b"end")
+    for follower in followers:
+        check_followed(follower.result(), 200)
+
+
+def test_processes_hold_few_connections_to_redis(
+    fleet: tuple[Server, Server], fleet_redis: Redis
+) -> None:
+    """Each one that reads, and as many as it has ever published by at a time: no more with sixty
+    streams than with four."""
+
+    def connections() -> list[str]:
+        listed = fleet_redis.client().client_list()
+        return sorted(c["name"] for c in listed if c["name"].startswith("process-"))
+
+    spread(fleet, least=1, processes=4)
+    before = connections()
+    assert 4 == len(set(before))
+    clients = [subscribe(server, "/subscribe") for server in fleet for _ in range(30)]
+    fleet[0].post("/publish", b"x")
+    assert {"x"} == {client.event().data for client in clients}
+    assert len(connections()) <= len(before) + 1  # one may have published for the first time
+
+
+def test_processes_with_a_relay_are_not_warned(fleet: tuple[Server, Server]) -> None:
+    spread(fleet, least=1, processes=4)
+    assert not [server.kind for server in fleet if "several processes" in server.log()]
+
+
+def test_processes_without_a_relay_are_warned_once() -> None:
+    """One line for each, with the cure in it."""
+    with serve_processes("gthread", None, "--workers", "2") as server:
+        spread([server], least=3, processes=2)
+        warnings = [line for line in server.log().splitlines() if "several processes" in line]
+        assert 2 == len(warnings)
+        assert all("EventBouncer(relay=RedisRelay(redis.Redis" in line for line in warnings)
+
+
+def test_processes_of_one_are_not_warned() -> None:
+    with serve_processes("gthread", None) as server:
+        spread([server], least=2, processes=1)
+        assert "several processes" not in server.log()
+
+
+def test_processes_while_redis_dies_twice() -> None:
+    """Streams stay open; who publishes is told; what was accepted arrives once and in order."""
+    with (
+        redis_server("--appendonly", "yes", "--appendfsync", "always") as redis,
+        serve_processes("gthread", redis, "--workers", "2") as server,
+    ):
+        clients = spread([server], least=4, processes=2)
+        accepted: list[int] = []
+        refused: list[tuple[int, str]] = []
+        stop = threading.Event()
+
+        def publish() -> int:
+            for number in itertools.count():
+                if stop.is_set():
+                    break
+                try:
+                    server.post("/publish", str(number).encode())
+                    accepted.append(number)
+                except RefusedRequest as error:
+                    refused.append((error.args[0], error.args[1]))
+            return number
+
+        publisher = Task(publish)
+        for _ in range(2):
+            enough = len(accepted) + 50
+            wait_until(lambda enough=enough: len(accepted) > enough, "events flow")  # type: ignore[misc]
+            redis.kill()
+            dead = len(refused)
+            wait_until(lambda dead=dead: len(refused) > dead + 5, "the publisher is told")  # type: ignore[misc]
+            assert {(503, "ConnectionError")} == set(refused[dead + 1 :])
+            for client in clients:
+                client.wait_until(lambda c=client: c.body.endswith(b":\n" * 3), "heartbeats")  # type: ignore[misc]
+            redis.start()
+        enough = len(accepted) + 50
+        wait_until(lambda: len(accepted) > enough, "events flow again")
+        stop.set()
+        total = publisher.result()
+        wait_until(lambda: published(server, b"end"), "the last one is accepted")
+        received = []
+        for client in clients:
+            client.wait_until(lambda c=client: b"data: end\n\n" in c.body, "the end")  # type: ignore[misc]
+            received.append(tuple(e.data for e in client.events(client.body.count(b"\ndata:"))))
+        assert 1 == len(set(received))
+        numbers = [int(data) for data in received[0][:-1]]
+        assert sorted(set(numbers)) == numbers
+        # What was on its way when Redis died may have been kept or not.
+        assert set(accepted) <= set(numbers) <= set(range(total))
+        assert set(numbers) - set(accepted) <= unsure(accepted, total)
+        assert 1 <= server.log().count("the relay cannot be read") <= 4
+
+
+def published(server: Server, body: bytes) -> bool:
+    with contextlib.suppress(RefusedRequest):
+        server.post("/publish", body)
+        return True
+    return False
+
+
+def unsure(accepted: list[int], total: int) -> set[int]:
+    """The numbers that were refused right after one that was accepted."""
+    return {number + 1 for number in accepted} - set(accepted)
+
+
+def test_processes_suspended_while_redis_trims(fleet_redis: Redis) -> None:
+    """One that wakes up to find what it should have sent trimmed says so, to all and to who comes
+    back, and goes on with what is left."""
+    fleet_redis.client().delete("sse")
+    maxlen = ("--env", "MAXLEN=100")
+    with serve_processes("gthread", fleet_redis, *maxlen) as server:
+        client = subscribe(server, "/subscribe")
+        server.post("/publish", b"before")
+        before = client.event()
+        process = Path(f"/proc/{process_of(client)}/stat")
+        if not process.exists():
+            pytest.skip("this platform has no /proc")
+        os.killpg(server.process.pid, signal.SIGSTOP)
+        wait_until(lambda: ") T " in process.read_text(), "it is suspended")
+        relay = fleet_redis.relay(maxlen=100)
+        for number in range(1000):
+            relay.publish(None, format_sse(number))
+        os.killpg(server.process.pid, signal.SIGCONT)
+        gap, first = client.events(2)
+        assert ("gap", "") == (gap.type, gap.data)
+        numbers = range(int(first.data) + 1, 1000)
+        assert [*map(str, numbers)] == [event.data for event in client.events(len(numbers))]
+        resumed = server.client("/subscribe", headers={"Last-Event-ID": before.id})
+        again, *rest = resumed.events(2 + len(numbers))
+        assert ("gap", first) == (again.type, rest[0])
+        resumed = server.client("/subscribe", headers={"Last-Event-ID": gap.id})
+        assert first == resumed.event()
+
+
+def test_example_shares_a_feed_by_redis(shared_redis: Redis) -> None:
+    """With REDIS_URL two servers of the example are one room."""
+    need("redis")
+    url = ("--env", f"REDIS_URL={shared_redis.url}")
+    with (
+        serve("gthread", EXAMPLE, *url, app="example_app") as one,
+        serve("gthread", EXAMPLE, *url, app="example_app") as two,
+    ):
+        clients = [subscribe(server, "/subscribe") for server in (one, two)]
+        one.post("/publish", b"Hey!")
+        two.post("/publish", b"Ho!")
+        first, second = [client.events(2) for client in clients]
+        assert ["Hey!", "Ho!"] == [event.data for event in first]
+        assert first == second
+
+
+# =================================================================================================
+# CLIENTS
+#
+# Those that no one here wrote, straight at a server and through a real proxy: what was broadcast is
+# what they get, and nothing else. And those that say and send anything.
+# =================================================================================================
+
+# What is broadcast, and as what event.
+TRICKY: list[tuple[str, str]] = [
+    ("plain", "message"),
+    ("two\nlines", "message"),
+    ("a\r\nb\rc", "message"),
+    ("", "message"),
+    ("\n", "message"),
+    ("x\n", "message"),
+    ("\nx", "message"),
+    ("a\n\nb", "message"),
+    (" leading", "message"),
+    ("  two  ", "message"),
+    ("\ttab", "message"),
+    (":colon", "message"),
+    ("data: x", "message"),
+    ("data", "message"),
+    ("a\nevent: evil\nid: 9\nretry: 1\n\n: b", "message"),
+    ("a\u2028b\u2029c\x85d\x0be\x0cf\x1cg", "message"),
+    ("grüß 😀 \U0010ffff", "message"),
+    ("\ufeffmark", "message"),
+    ("nul \0 nul", "message"),
+    ('{"json": "a\\nb"}', "message"),
+    ("named", "greet"),
+    ("", "greet"),
+    ("x" * 100_000, "message"),
+    ("", "done"),
+]
+
+NGINX = """
+daemon off;
+master_process off;
+pid nginx.pid;
+error_log stderr;
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    gzip on;
+    gzip_types text/event-stream;
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://127.0.0.1:{upstream};
+        }}
+    }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def nginx(upstream: int) -> Iterator[int]:
+    """Run a real nginx before a server, with its defaults and gzip on; give its port."""
+    with held_port() as port, tempfile.TemporaryDirectory() as folder:
+        Path(folder, "conf").write_text(NGINX.format(port=port, upstream=upstream), "utf-8")
+        command = [need_program("nginx"), "-p", folder, "-c", "conf", "-e", "stderr"]
+        server = Server("nginx", command, Path(folder), environment())
+        try:
+
+            def listens() -> bool:
+                assert server.process.poll() is None, server.log()
+                with socket.socket() as probe:
+                    return probe.connect_ex(("127.0.0.1", port)) == 0
+
+            wait_until(listens, "nginx listens")
+            yield port
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module", params=["gthread", "waitress", "nginx"])
+def reached(request: pytest.FixtureRequest) -> Iterator[tuple[Server, int]]:
+    """A server, and the port where clients reach it: its own, or that of nginx before it."""
+    kind = "gthread" if request.param == "nginx" else request.param
+    with serve(kind, APP) as server, contextlib.ExitStack() as stack:
+        proxied = request.param == "nginx"
+        yield server, stack.enter_context(nginx(server.port)) if proxied else server.port
+
+
+def chromium_reads(browser: Browser, url: str) -> list[Event]:
+    """Read by Chromium's EventSource, from a page of the same origin."""
+    browser.go(url.replace("/subscribe/", "/stats/"))
+    browser.run(
+        """
+        window.read = [];
+        const source = new EventSource(arguments[0]);
+        for (const name of ["message", "greet", "gap", "done", ""])
+            source.addEventListener(name, (event) => {
+                read.push([event.data, event.type, event.lastEventId]);
+                if (name === "done") source.close();
+            });
+        """,
+        url,
+    )
+    browser.wait_until("read.length && read[read.length - 1][1] === 'done'")
+    return [Event(*fields) for fields in browser.run("return read")]
+
+
+EVENTSOURCE = """
+import { EventSource } from "eventsource";
+const source = new EventSource(process.argv[2]);
+for (const name of ["message", "greet", "gap", "done", ""])
+    source.addEventListener(name, (event) => {
+        console.log(JSON.stringify([event.data, event.type, event.lastEventId]));
+        if (name === "done") source.close();
+    });
+"""
+
+
+@pytest.fixture(scope="module")
+def eventsource(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A script that reads with the npm package ``eventsource``."""
+    folder = tmp_path_factory.mktemp("eventsource")
+    # Version 3 is the newest for the Node.js of Debian stable.
+    install = [need_program("npm"), "install", "--no-audit", "--no-fund", "eventsource@3"]
+    finished = subprocess.run(install, cwd=folder, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        go_without(f"the npm package eventsource, of which npm said: {finished.stderr[-500:]}; it")
+    script = folder / "read.mjs"
+    script.write_text(EVENTSOURCE, "utf-8")
+    return script
+
+
+def eventsource_reads(script: Path, url: str) -> list[Event]:
+    return [Event(*json.loads(line)) for line in run(need_program("node"), str(script), url)]
+
+
+def run(*command: str) -> list[str]:
+    """Run a program; return the lines of its output."""
+    finished = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
+    assert (0, b"") == (finished.returncode, finished.stderr)
+    return finished.stdout.decode().removesuffix("\n").split("\n")
+
+
+def httpx_reads(url: str) -> list[Event]:
+    import httpx
+    from httpx_sse import connect_sse
+
+    read = []
+    with httpx.Client(timeout=TIMEOUT) as client, connect_sse(client, "GET", url) as source:
+        for event in source.iter_sse():
+            read.append(Event(event.data, event.event, event.id))
+    return read
+
+
+def curl_reads(url: str) -> list[Event]:
+    """Read what ``curl -N`` prints."""
+    command = [need_program("curl"), "-sS", "-N", "--compressed", url]
+    finished = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=True)
+    return parse(finished.stdout)
+
+
+@pytest.fixture(params=["chromium", "eventsource", "httpx-sse", "curl"])
+def reads(request: pytest.FixtureRequest) -> Callable[[str], list[Event]]:
+    """A client that reads the stream at a URL."""
+    if request.param == "chromium":
+        browser: Browser = request.getfixturevalue("browser")
+        return lambda url: chromium_reads(browser, url)
+    if request.param == "eventsource":
+        script: Path = request.getfixturevalue("eventsource")
+        return lambda url: eventsource_reads(script, url)
+    if request.param == "httpx-sse":
+        need("httpx_sse")
+        return httpx_reads
+    need_program("curl")
+    return curl_reads
+
+
+@pytest.mark.parametrize("history", [0, 100])
+def test_client_reads_exactly_what_was_broadcast(
+    reached: tuple[Server, int], reads: Callable[[str], list[Event]], history: int
+) -> None:
+    """Whatever the text, to the character; and no event that nobody sent, for all the heartbeats,
+    the retry and the id at the start."""
+    server, port = reached
+    bouncer = Remote(server, history=history, heartbeat=0.02, retry=1000)
+    client = Task(lambda: reads(f"http://127.0.0.1:{port}/subscribe/{bouncer.name}"))
+    wait_until(lambda: bouncer.stats()["subscribers"] == 1, "the subscription stands")
+    beats = bouncer.client()
+    for number, (data, type_) in enumerate(TRICKY):
+        bouncer.broadcast(data, event=type_)
+        if number % 8 == 0:  # heartbeats come between events, and before them
+            size = len(beats.body)
+            beats.wait_until(lambda s=size: beats.body.count(b":\n", s) >= 3, "heartbeats")  # type: ignore[misc]
+    bouncer.close()
+    beats.close()
+    read = client.result()
+    expected = [(re.sub("\r\n?", "\n", data), type_) for data, type_ in TRICKY]
+    assert expected == [(event.data, event.type) for event in read]
+    if history:
+        assert are_increasing([event.id for event in read])
+    else:
+        assert {""} == {event.id for event in read}
+
+
+def test_client_behind_nginx_gets_each_event_when_it_is_sent() -> None:
+    """Compressed, as the client asks and nginx is set up to, and held back by neither."""
+    with serve("gthread", APP) as server, nginx(server.port) as port:
+        bouncer = Remote(server, heartbeat=None)
+        headers = {"Accept-Encoding": "gzip"}
+        client = Client(port, f"/subscribe/{bouncer.name}", headers=headers)
+        with contextlib.closing(client):
+            assert ("content-encoding", "gzip") in client.headers
+            curl = ["curl", "-sS", "-N", "--compressed", "--max-time", str(TIMEOUT)]
+            curl += [f"http://127.0.0.1:{port}/subscribe/{bouncer.name}"]
+            with subprocess.Popen(curl, stdout=subprocess.PIPE) as process:
+                assert process.stdout
+                assert b":\n" == process.stdout.readline()
+                for number in range(3):
+                    bouncer.broadcast(number)
+                    lines = [process.stdout.readline() for _ in range(2)]
+                    assert [f"data: {number}\n".encode(), b"\n"] == lines
+                bouncer.close()
+
+
+@pytest.mark.parametrize("remote", ["detached"], indirect=True)
+def test_client_fuzz_says_anything(remote: Callable[..., Remote], rng: random.Random) -> None:
+    """Clients that talk, reset, half-close or stall cost nobody an event, and leave nothing."""
+    bouncer = remote(history=10, heartbeat=0.05)
+    steady = bouncer.client()
+    path = f"/subscribe/{bouncer.name}"
+    rounds = 30 * FUZZ
+    for number in range(rounds):
+        headers = {"Last-Event-ID": f"{rng.randrange(10**13)}-{rng.randrange(9)}"}
+        client = RestlessClient(bouncer.server.port, path, headers=headers, receive_buffer=4096)
+        for _ in range(rng.randrange(3)):
+            client.say(rng.randbytes(rng.choice([1, 100, 100_000])))
+        if rng.random() < 0.5:
+            client.read()
+        client.leave(rng)
+        bouncer.broadcast(number)
+    events = steady.events(rounds)
+    assert [str(number) for number in range(rounds)] == [event.data for event in events]
+    steady.close()
+    bouncer.wait_until_left()
 
 
 # =================================================================================================
