@@ -208,8 +208,9 @@ def main() -> None:
     out = options.out or (Path(tempfile.mkdtemp(prefix="benchmark-")) if options.quick else HERE)
     descriptors = machine.raise_descriptor_limit()
     if options.draw:
-        publish(json.loads((out / "results.json").read_text()), out)
-        soak.publish(json.loads((out / "soak.json").read_text()), out)
+        for name, draw in (("results.json", publish), ("soak.json", soak.publish)):
+            if (out / name).exists():
+                draw(json.loads((out / name).read_text()), out)
     elif options.soak:
         soak.run(options.soak, min(10_000, descriptors - 200), pin(), out)
     else:
