@@ -173,7 +173,7 @@ def page(data: Run) -> str:
             ratios(data),
             "",
             f"Machine: {data['machine']}; {data['descriptors']:,} open files per process. "
-            f"{software}. {repeats} repeats of {data['seconds']:g} seconds in each mode. "
+            f"{software}. Up to {repeats} repeats of {data['seconds']:g} seconds in each mode. "
             f"In {disturbed} of {len(data['runs'])} runs other processes took more than "
             f"{DISTURBED:.0%} of the two cores; they count only where there is no other run.",
             "",

@@ -133,6 +133,7 @@ def compare(options: argparse.Namespace, descriptors: int, out: Path) -> None:
     data: dict[str, Any] = {"runs": []}
     if options.add:
         data = json.loads(found.read_text())
+    skipped += [entry for entry in data.get("skipped", []) if entry not in skipped]
     data |= {
         "machine": machine.describe(),
         "versions": machine.versions(),
