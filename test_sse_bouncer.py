@@ -3265,6 +3265,28 @@ def test_hub_lets_a_worker_stop(kind: str) -> None:
             assert [] == client.wait_end()
 
 
+@pytest.mark.parametrize("kind", ["sync", "gthread", "gevent"])
+def test_hub_streams_of_a_recycled_worker_end(kind: str) -> None:
+    """By gunicorn's --max-requests: its clients see the end, and the next worker has room."""
+    with serve(kind, APP, "--max-requests", "100", "--graceful-timeout", "60") as server:
+        bouncer = quiet(server)
+        clients = open_streams(bouncer, 5)
+
+        def is_recycled() -> bool:
+            with contextlib.suppress(RefusedRequest, OSError):  # by the next one, or in between
+                bouncer.stats()
+            return "Autorestarting" in server.log()
+
+        wait_until(is_recycled, "the worker is recycled")
+        for client in clients:
+            assert [] == client.wait_end()
+        bouncer = quiet(server)
+        client = bouncer.client()
+        bouncer.broadcast("hi")
+        assert Event("hi") == client.event()
+        assert "" == server.complaints()
+
+
 def test_hub_close_delivers_what_a_slow_client_has_still_to_get(hub: Server) -> None:
     """Also to one that has said something since, for which its connection could be reset."""
     bouncer = quiet(hub)
@@ -4607,6 +4629,7 @@ def test_relay_redis_idle_with_a_short_timeout_of_its_own(
 
 def test_relay_redis_that_hangs(bouncers: Bouncers) -> None:
     """The publisher hears of it from the client, by its timeout; streams go on afterwards."""
+    need("redis")
     import redis as package
 
     with redis_server() as redis:
