@@ -852,7 +852,7 @@ class EventBouncer:
 
     def _make_locks(self) -> None:
         # _lock guards everything mutable in the bouncer and its subscriptions. It is held for a
-        # few dict and deque operations, never while something blocks, formats, logs or runs code
+        # few dict and deque operations, never while something blocks, logs or runs code
         # of the user's. It is reentrant because a signal handler may close() while the very
         # thread that it interrupted is in here: whatever loops under it loops over a copy, and
         # whatever decides looks again after it has acted. There is no second lock, so no order of
@@ -893,7 +893,7 @@ class EventBouncer:
             # A signal handler may have closed all between _admit() and here.
             if self._closed:
                 self._remove(subscription, "closed")
-        _release_if_view_fails(subscription)
+        _release_if_view_fails(subscription)  # a door to room 5
         return subscription
 
     def broadcast(
