@@ -256,6 +256,16 @@ def _one_line(name: str, value: object) -> str:
     return text
 
 
+def _channel_name(channel: object) -> str:
+    if not isinstance(channel, str):
+        raise TypeError(f"channel: expected a name, got {channel!r:.80}; use str(...)")
+    if not channel:
+        raise ValueError(f"channel: expected a name that is not empty, got {channel!r}")
+    _utf8("channel", channel)
+    # Its text, if it is a member of an enumeration: some of those hash by their names.
+    return str.__str__(channel)
+
+
 def _data_text(data: object, dumps: Callable[..., str]) -> str:
     if isinstance(data, str):
         if data.endswith(("\n\n", "\r\n\r\n")) and _FORMATTED.match(data):
@@ -315,8 +325,12 @@ _RELAY_WAIT = 2.0
 _AT_ONCE = 1_000
 
 _Id = tuple[int, int]  # of an event: milliseconds, and a sequence number within them
-# "Header is any stranger's text": int() alone reads much more than this, "１" and "1_0" too.
+# A header is any stranger's text, and int() alone reads much more than this: "１", and "1_0".
 _ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})", re.ASCII)
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _parse_id(text: str | None) -> _Id | None:
@@ -1242,9 +1256,6 @@ class EventBouncer:
             if not self._late:
                 self._changed.notify_all()
 
-def _milliseconds() -> int:
-    return time.time_ns() // 1_000_000
-
 
 def _seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -1262,16 +1273,6 @@ def _retry_range(retry: object) -> tuple[int, int]:
     if low > high:
         raise ValueError(f"retry: expected a pair that goes from low to high, got {retry!r:.80}")
     return low, high
-
-
-def _channel_name(channel: object) -> str:
-    if not isinstance(channel, str):
-        raise TypeError(f"channel: expected a name, got {channel!r:.80}; use str(...)")
-    if not channel:
-        raise ValueError(f"channel: expected a name that is not empty, got {channel!r}")
-    _utf8("channel", channel)
-    # Its text, if it is a member of an enumeration: some of those hash by their names.
-    return str.__str__(channel)
 
 
 _NO_FRAMES: deque[Frame] = deque(maxlen=0)  # of all detached ones; nothing can be put into it
