@@ -43,9 +43,11 @@ __all__ = [
 ]
 
 import atexit
+import contextlib
 import errno
 import functools
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -62,7 +64,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
-from itertools import groupby, repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -87,6 +88,13 @@ def _whole_number(name: str, value: object, least: int) -> int:
     if value < least:
         raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r:.80}")
     return value
+
+
+@functools.cache
+def _in_children(do: Callable[[], None]) -> None:
+    """Have this done in every process that is forked from now on; told twice, it is done once."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=do)
 
 
 # =================================================================================================
@@ -313,24 +321,13 @@ _GAP = format_sse("", "gap")
 # no redis: its client is the user's own.
 # =================================================================================================
 
-# Seconds between attempts to reach a relay that is away: twice as long each time, up to a second.
-_FIRST_PAUSE = 0.05
-_LAST_PAUSE = 1.0
-# Seconds that a subscriber waits for the relay to tell what there was before.
-_FILL_WAIT = 1.0
-# How long a relay is asked to wait for events. Below the 5 seconds after which redis-py takes a
-# silent connection for a broken one.
-_RELAY_WAIT = 2.0
 # Entries that are read at once.
 _AT_ONCE = 1_000
 
 _Id = tuple[int, int]  # of an event: milliseconds, and a sequence number within them
+_NO_ID: _Id = (0, 0)  # before all others
 # A header is any stranger's text, and int() alone reads much more than this: "１", and "1_0".
 _ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})", re.ASCII)
-
-
-def _milliseconds() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _parse_id(text: str | None) -> _Id | None:
@@ -340,12 +337,6 @@ def _parse_id(text: str | None) -> _Id | None:
 
 def _id_text(id: _Id) -> str:
     return f"{id[0]}-{id[1]}"
-
-
-class _Event(NamedTuple):
-    id: _Id | None  # None without a history
-    channel: str | None
-    frame: Frame
 
 
 _Entry = tuple[str, str | None, str]  # of a relay: id, channel or None, frame
@@ -374,87 +365,6 @@ class Relay(Protocol):
 
         The bool says whether nothing between the id and them has been lost.
         """
-
-
-def _event(entry: _Entry) -> _Event | None:
-    """Return the event of a relay's entry, or None, and a line in the log, if it is none."""
-    try:
-        text, channel, frame = entry
-        id = _parse_id(text)
-        if id is None:
-            raise ValueError(f"id: expected <milliseconds>-<sequence>, got {text!r:.80}")
-        if channel is not None:
-            _channel_name(channel)
-        return _Event(id, channel, _numbered(Frame(frame), text))
-    except (TypeError, ValueError) as error:
-        logger.warning("skipped an entry of the relay that is no event: %s", error)
-        return None
-
-
-class _Reader:
-    """The thread that reads a relay for one bouncer.
-
-    There is one per process, from the first subscriber on; a process that only publishes has none.
-    """
-
-    def __init__(self, relay: Relay, bouncer: EventBouncer) -> None:
-        # Milliseconds; since when it has failed to learn what there was before. None if it has not.
-        self.away_since: int | None = None
-        self._relay = relay
-        self._bouncer = weakref.ref(bouncer)  # whose life is not to depend on this thread's
-        self._tried = threading.Event()
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="sse_bouncer relay", daemon=True).start()
-
-    def wait(self) -> None:
-        """Wait until the history is filled; but while the relay is away, not for long."""
-        self._tried.wait(_FILL_WAIT)
-
-    def _run(self) -> None:
-        position: str | None = None
-        pause = 0.0
-        while (bouncer := self._bouncer()) is not None and not bouncer._closed:
-            try:
-                if position is None:
-                    position = self._fill(bouncer)
-                    self._tried.set()
-                del bouncer
-                whole, entries = self._relay.read(position, _RELAY_WAIT)
-                if (bouncer := self._bouncer()) is None:
-                    break
-                if not whole:
-                    logger.warning("events were lost in the relay before this process read them")
-                    bouncer._begin_after_gap(_parse_id(entries[0][0]) if entries else None)
-                for entry in entries:
-                    if (event := _event(entry)) is not None:
-                        bouncer._receive(event)
-                    position = entry[0]
-                if pause:
-                    logger.warning("the relay is back")
-                pause = 0.0
-            except Exception as error:
-                if not pause:
-                    logger.warning("the relay cannot be read; trying until it can: %r", error)
-                if position is None:
-                    self.away_since = self.away_since or _milliseconds()
-                    self._tried.set()
-                bouncer = None
-                pause = min(2 * pause or _FIRST_PAUSE, _LAST_PAUSE)
-                time.sleep(pause * random.uniform(0.5, 1))
-
-    def _fill(self, bouncer: EventBouncer) -> str:
-        """Begin the history with what the relay has, and return where to go on from."""
-        after, entries = self._relay.recent(bouncer.history)
-        events = [event for event in map(_event, entries) if event is not None]
-        # Those who came while the relay was away have waited for what was published since.
-        away = self.away_since
-        missed = [e for e in events if away is not None and e.id is not None and e.id[0] >= away]
-        bouncer._begin_with(_parse_id(after) or (0, 0), events[: len(events) - len(missed)])
-        self.away_since = None
-        for event in missed:
-            bouncer._receive(event)
-        return entries[-1][0] if entries else after
 
 
 class RedisRelay:
@@ -615,6 +525,80 @@ _MOMENT = 0.05
 _PATIENCE = 1.0
 # Milliseconds by which an id may seem to come from the future: clocks of machines differ.
 _SKEW = 60_000
+# Seconds between attempts to reach a relay that is away: twice as long each time, up to a second.
+_FIRST_PAUSE = 0.05
+_LAST_PAUSE = 1.0
+# Seconds that a subscriber waits for the relay to tell what there was before.
+_FILL_WAIT = 1.0
+# How long a relay is asked to wait for events. Below the 5 seconds after which redis-py takes a
+# silent connection for a broken one.
+_RELAY_WAIT = 2.0
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class _Event(NamedTuple):
+    id: _Id  # _NO_ID without a history
+    channel: str | None
+    frame: Frame
+
+
+class _History:
+    """The newest events, in order: of those after ``floor``, up to ``newest``, none is missing."""
+
+    def __init__(self, most: int, begin: _Id) -> None:
+        self._events: deque[_Event] = deque(maxlen=most)
+        self.begin(begin)
+
+    def begin(self, after: _Id, events: Iterable[_Event] = ()) -> None:
+        """Forget what there was, and begin with these."""
+        self._events.clear()
+        self.floor = self.newest = after
+        for event in events:
+            self.keep(event)
+
+    def keep(self, event: _Event) -> None:
+        if event.id <= self.newest:  # a relay that has begun anew, with a clock that is behind
+            self.begin((event.id[0] - 1, 0))
+        if len(self._events) == self._events.maxlen:
+            self.floor = self._events[0].id if self._events else event.id
+        self._events.append(event)
+        self.newest = event.id
+
+    def next_id(self) -> _Id:
+        # Also when the clock is stepped back: then on from the newest.
+        return max((_milliseconds(), 0), (self.newest[0], self.newest[1] + 1))
+
+    def is_whole_after(self, id: _Id) -> bool:
+        """Return whether nothing is missing of what came after an id."""
+        if self.floor == _NO_ID < id and self._events and id < self._events[0].id:
+            return False  # the relay's stream is whole, but this id is of another: one deleted
+        return self.floor <= id <= self.newest
+
+    def after(self, id: _Id) -> list[_Event]:
+        """Return what came after an id; all there is, where something of that is missing."""
+        if not self.is_whole_after(id):
+            return list(self._events)
+        newest_first = itertools.takewhile(lambda event: event.id > id, reversed(self._events))
+        return list(newest_first)[::-1]
+
+
+class _Outlet(Protocol):
+    """What sends to detached streams, in the order in which it is told. The hub's, in room 4."""
+
+    def attach(self, subscription: Subscription, connection: Any, held: Iterable[bytes]) -> Any:
+        """Take on a stream, with what it has to send first; return the stream."""
+
+    def send(self, event: _Event) -> None:
+        """Send an event to all streams that are to have it."""
+
+    def end(self, stream: Any) -> None:
+        """Send what is held for a stream, and the end."""
+
+    def hold_back(self) -> None:
+        """Let a publisher wait while it is far ahead. The only one to be called without a lock."""
 
 
 class Subscription:
@@ -639,7 +623,6 @@ class Subscription:
         "_replay",
         "_seen",
         "_since",
-        "_stream",
         "_waited",
         "channels",
         "gap",
@@ -663,7 +646,6 @@ class Subscription:
         self._ended: str | None = None  # why
         self._ready: threading.Condition | None = None  # made for the first reader that waits
         self._waited = 0.0  # seconds that broadcasts have waited since the queue was last empty
-        self._stream: Any = None  # what the outlet calls it, once it is detached
         self._replay = 0  # how many of the frames are what it came to fetch, and do not count
         self._since: _Id | None = None  # where it begins, if its client does not know
         self._seen: _Id | None = None  # an id that it has seen and this process not yet
@@ -750,8 +732,8 @@ class Subscription:
             self._bouncer._caught_up(self)
         return frame
 
-    def _wants(self, id: _Id | None) -> bool:
-        if self._seen is not None and id is not None:
+    def _wants(self, id: _Id) -> bool:
+        if self._seen is not None and id != _NO_ID:
             if id <= self._seen:
                 return False
             self._seen = None
@@ -844,25 +826,22 @@ class EventBouncer:
         # Those with a reader. Keys are weak: a subscription belongs to who reads it.
         self._readers: dict[weakref.ref[Subscription], tuple[str, ...]] = {}
         self._channels: dict[str, dict[weakref.ref[Subscription], None]] = {}
-        # Those without, whose streams are in an outlet: an object that sends what it is told to,
-        # in the order in which it is told. The hub has one for each bouncer that needs one.
-        self._detached: dict[Subscription, None] = {}
-        self._outlet: Any = None
+        # Those without, and what their streams are called in the outlet.
+        self._detached: dict[Subscription, Any] = {}
+        self._outlet: _Outlet | None = None  # made for the first that is detached
         # A finaliser runs at any moment, in any thread, maybe one that holds locks of its own; it
         # therefore takes none here, and only leaves a note. _sweep() reads them.
         self._gone: deque[weakref.ref[Subscription]] = deque()
         self._late: set[Subscription] = set()  # those that a broadcast is waiting for
         self._closed = False
         self._counts = {"broadcasts": 0, "dropped": 0, "refused": 0}
-        self._kept: deque[_Event] = deque(maxlen=self.history)
-        # Of all events after _floor none is missing in _kept; _newest is the last one's id. No id
-        # given here is below the time at which the process began.
-        self._floor = self._newest = (_milliseconds(), 0) if relay is None else (0, 0)
         self._born = _milliseconds()
+        # No id given here is below the time at which the process began; a relay's are its own.
+        self._history = _History(self.history, (self._born, 0) if relay is None else _NO_ID)
         self._reader: _Reader | None = None  # of the relay, once somebody has subscribed
         self._make_locks()
         _bouncers.add(self)
-        _watch_forks()
+        _in_children(_begin_anew)
 
     def _make_locks(self) -> None:
         # _lock guards everything mutable in the bouncer and its subscriptions. It is held for a
@@ -872,9 +851,9 @@ class EventBouncer:
         # whatever decides looks again after it has acted. There is no second lock, so no order of
         # locks to keep.
         self._lock = threading.RLock()
-        # A frame reaches all subscribers before the next reaches any, so all see one order. The
-        # thread that sees to that has its _turn, also while it waits for room, without the lock.
-        # _changed is told when that is over, and when there is room.
+        # A frame reaches all subscribers before the next reaches any, so all see one order, and
+        # nobody comes in between. The thread that sees to that has its _turn, also while it waits
+        # for room, without the lock. _changed is told when that is over, and when there is room.
         self._turn: int | None = None
         self._acts: deque[Callable[[], None]] = deque()  # what is to be done in turn
         self._changed = threading.Condition(self._lock)
@@ -895,15 +874,14 @@ class EventBouncer:
         if not isinstance(last_event_id, str | None):
             raise TypeError(f"last_event_id: expected text or None, got {last_event_id!r:.80}")
         self._start_reader()
-        with self._lock:
+        last = _parse_id(last_event_id)
+        # In turn: what a signal handler, or a finaliser, broadcasts between the catching up and
+        # the entering would otherwise be missed.
+        with self._lock, self._my_turn():
             self._sweep()
-            last = _parse_id(last_event_id)
             self._admit(resuming=last is not None)
             self._catch_up(subscription, last)
-            reference = weakref.ref(subscription, self._gone.append)
-            self._readers[reference] = subscription.channels
-            for channel in subscription.channels:
-                self._channels.setdefault(channel, {})[reference] = None
+            self._enter(subscription)
             # A signal handler may have closed all between _admit() and here.
             if self._closed:
                 self._remove(subscription, "closed")
@@ -1008,7 +986,7 @@ class EventBouncer:
         route passes it on to `stream`: so nothing falls between rendering and connecting.
         """
         self._start_reader()
-        return _id_text(self._newest) if self._numbers else None
+        return _id_text(self._history.newest) if self._numbers else None
 
     def stats(self) -> dict[str, int]:
         """Count what there is and what there was: whole numbers, for this process.
@@ -1030,24 +1008,54 @@ class EventBouncer:
     def _hand_over(
         self,
         subscription: Subscription,
-        make_outlet: Callable[[], Any],
-        make_stream: Callable[[Iterable[bytes]], Any],
+        make_outlet: Callable[[], _Outlet],
+        connection: Any,
+        head: bytes,
     ) -> None:
         """Turn a subscription with a reader into one whose stream is in the outlet."""
-        with self._lock:
-            # Not in the middle of a broadcast: it has told the outlet already, and this reader,
-            # if it is late, not yet.
-            self._changed.wait_for(lambda: self._turn is None)
-            if self._outlet is None:
-                self._outlet = make_outlet()
+        # In turn: a broadcast that has told the outlet already, and not yet this reader, would
+        # otherwise be missed, or told twice.
+        with self._lock, self._my_turn():
+            outlet = self._outlet = self._outlet or make_outlet()
+            held, subscription._frames = subscription._frames, _NO_FRAMES
+            chunks = [head, *(frame._wire for frame in held)]
+            self._detached[subscription] = outlet.attach(subscription, connection, chunks)
             self._forget(weakref.ref(subscription))
-            subscription._stream = make_stream(frame._wire for frame in subscription._frames)
-            subscription._frames = _NO_FRAMES
-            self._outlet.attach(subscription._stream)
+            if subscription._ended is not None:  # since it subscribed: what it holds, and the end
+                self._remove(subscription, subscription._ended)
+
+    def _left(self, subscription: Subscription) -> None:
+        with self._lock:
+            self._remove(subscription, "its client left")
+
+    def _drop(self, subscription: Subscription) -> None:
+        with self._lock:
             if subscription._ended is None:
-                self._detached[subscription] = None
-            else:  # closed since it subscribed: what it holds, and the end
-                self._outlet.end(subscription._stream)
+                self._counts["dropped"] += 1
+                self._remove(
+                    subscription, f"dropped, its client was {self.maxsize} frames behind"
+                )
+
+    # What the relay's reader calls.
+
+    def _begin_with(self, after: _Id, events: Iterable[_Event]) -> None:
+        """Begin the history with what the relay has."""
+        with self._lock:
+            self._history.begin(after, events)
+
+    def _receive(self, event: _Event) -> None:
+        """Fan out what the relay brings."""
+        self._in_turn(lambda: self._deliver(event))
+
+    def _begin_after_gap(self, first: _Id | None) -> None:
+        """Tell everyone that events are lost which were still to come, before the ``first``."""
+        self._in_turn(lambda: self._send_gap(first))
+
+    # For itself.
+
+    @property
+    def _numbers(self) -> bool:
+        return self.history > 0 or self.relay is not None
 
     def _start_reader(self) -> None:
         """See to it that the relay is read, and the history filled before anyone is answered."""
@@ -1061,64 +1069,54 @@ class EventBouncer:
             starting.start()
         self._reader.wait()
 
-    def _begin_with(self, after: _Id, events: Iterable[_Event]) -> None:
-        """Begin the history with what the relay has."""
-        with self._lock:
-            self._kept.clear()
-            self._floor = self._newest = after
-            for event in events:
-                self._keep(event)
-
-    def _receive(self, event: _Event) -> None:
-        """Fan out what the relay brings."""
-        self._in_turn(lambda: self._deliver(event))
-
-    def _begin_after_gap(self, first: _Id | None) -> None:
-        """Tell everyone that events are lost which were still to come, before the ``first``."""
-        self._in_turn(lambda: self._send_gap(first))
-
-    def _left(self, subscription: Subscription) -> None:
-        with self._lock:
-            self._remove(subscription, "its client left")
-
-    @property
-    def _numbers(self) -> bool:
-        return self.history > 0 or self.relay is not None
-
     def _in_turn(self, act: Callable[[], None]) -> None:
         """Do something to all subscribers, when what was begun before is done."""
         with self._lock:
             self._acts.append(act)
-            if self._turn == threading.get_ident():
-                return  # a signal handler, or a finaliser, in the middle of it: see below
-            self._changed.wait_for(lambda: self._turn is None)
-            while self._acts:
-                self._turn = threading.get_ident()
+            # In the middle of its own turn, a thread is here for a signal handler or a finaliser:
+            # it does this when that turn ends.
+            if self._turn != threading.get_ident():
+                with self._my_turn():
+                    pass
+        if self._outlet is not None:
+            self._outlet.hold_back()
+
+    # These are only called with the lock held.
+
+    @contextlib.contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        """Wait for the turn, and at its end do what was left to do until then."""
+        me = threading.get_ident()
+        if self._turn == me:
+            yield
+            return
+        self._changed.wait_for(lambda: self._turn is None)
+        self._turn = me
+        try:
+            yield
+        finally:
+            while self._turn == me:
                 try:
                     while self._acts:
                         self._acts.popleft()()
                 finally:
                     self._turn = None
                     self._changed.notify_all()
-                # One that was added after the last look, and before the turn was over, has been
-                # left to this thread: so look again.
-        if self._outlet is not None:
-            self._outlet.hold_back()
-
-    def _drop(self, subscription: Subscription) -> None:
-        with self._lock:
-            if subscription._ended is None:
-                self._counts["dropped"] += 1
-                self._remove(
-                    subscription, f"dropped, its client was {self.maxsize} frames behind"
-                )
-
-    # These are only called with the lock held.
+                # What was added after the last look, and before the turn was over, has been left
+                # to this thread: so look again.
+                if self._acts:
+                    self._turn = me
 
     def _sweep(self) -> None:
         """Forget the subscriptions of which nobody is left to read them."""
         while self._gone:
             self._forget(self._gone.popleft())
+
+    def _enter(self, subscription: Subscription) -> None:
+        reference = weakref.ref(subscription, self._gone.append)
+        self._readers[reference] = subscription.channels
+        for channel in subscription.channels:
+            self._channels.setdefault(channel, {})[reference] = None
 
     def _forget(self, reference: weakref.ref[Subscription]) -> None:
         for channel in self._readers.pop(reference, ()):
@@ -1149,79 +1147,64 @@ class EventBouncer:
         return [s for s in list(self._detached) if channel is None or channel in s.channels]
 
     def _remove(self, subscription: Subscription, why: str) -> None:
-        if subscription in self._detached:
-            del self._detached[subscription]
-            self._outlet.end(subscription._stream)
+        if self._outlet is not None and subscription in self._detached:
+            self._outlet.end(self._detached.pop(subscription))
         else:
             self._forget(weakref.ref(subscription))  # equal to the key as long as both are alive
         subscription._end(why)
 
     def _catch_up(self, subscription: Subscription, last: _Id | None) -> None:
         """Give a new subscription what it missed, and see what it has to be told."""
+        history = self._history
         if not self._numbers:
             return
         if last is None:
-            subscription._since = None if self._relay_is_away() else self._newest
-            return
-        if last > self._newest:
-            if self.relay is not None and (
-                self._born - _SKEW <= last[0] <= _milliseconds() + _SKEW
-            ):  # of a process that was faster; what comes here up to this, the client has had
-                subscription._seen = last
-                return
-            last = (0, 0)  # of nothing that is known here
-        # After "0-0" a relay's stream is whole, but an id below all of its own is another's: of
-        # one that was deleted.
-        of_another = self._floor == (0, 0) < last and self._kept and last < (self._kept[0].id or ())
-        if last < self._floor or of_another:
-            subscription.gap = True
-            subscription._since = self._floor
-        missed = []
-        for id, channel, frame in reversed(self._kept):
-            if id is not None and id <= last:
-                break
-            if channel is None or channel in subscription.channels:
-                missed.append(frame)
-        subscription._frames.extend(reversed(missed))
-        subscription._replay = len(missed)
+            subscription._since = None if self._relay_is_away() else history.newest
+        elif last > history.newest and self._may_be_ahead(last):
+            subscription._seen = last
+        else:
+            if not history.is_whole_after(last):
+                subscription.gap = True
+                subscription._since = history.floor
+            for _, channel, frame in history.after(last):
+                if channel is None or channel in subscription.channels:
+                    subscription._frames.append(frame)
+            subscription._replay = len(subscription._frames)
+
+    def _may_be_ahead(self, id: _Id) -> bool:
+        """Return whether an id can be of an event that is still to come here.
+
+        The client has it from a process that was faster to read the relay.
+        """
+        latest = _milliseconds() + _SKEW
+        return self.relay is not None and self._born - _SKEW <= id[0] <= latest
 
     def _relay_is_away(self) -> bool:
         """Return whether it has never been there yet, so that nobody knows what came before."""
         return self._reader is not None and self._reader.away_since is not None
 
-    def _next_id(self) -> _Id:
-        # Also when the clock is stepped back: then on from the newest.
-        return max((_milliseconds(), 0), (self._newest[0], self._newest[1] + 1))
-
-    def _keep(self, event: _Event) -> None:
-        assert event.id is not None
-        if event.id <= self._newest:  # a relay that has begun anew, with a clock that is behind
-            self._kept.clear()
-            self._floor = (event.id[0] - 1, 0)
-        if len(self._kept) == self.history:
-            self._floor = (self._kept[0].id if self._kept else None) or event.id
-        self._kept.append(event)
-        self._newest = event.id
-
     # These are only called in turn, with the lock held.
 
     def _send(self, frame: Frame, channel: str | None) -> None:
-        id = self._next_id() if self._numbers else None
-        self._deliver(_Event(id, channel, frame if id is None else _numbered(frame, _id_text(id))))
+        id = _NO_ID
+        if self._numbers:
+            id = self._history.next_id()
+            frame = _numbered(frame, _id_text(id))
+        self._deliver(_Event(id, channel, frame))
 
     def _send_gap(self, first: _Id | None) -> None:
-        self._kept.clear()
-        if first is None or first > self._newest:
-            self._floor = self._newest = (self._newest[0], self._newest[1] + 1)
+        newest = self._history.newest
+        if first is None or first > newest:
+            self._history.begin((newest[0], newest[1] + 1))
         else:  # the relay lost all, and its clock is behind what it was
-            self._floor = self._newest = (first[0] - 1, 0)
-        self._deliver(_Event(None, None, _numbered(_GAP, _id_text(self._floor))))
+            self._history.begin((first[0] - 1, 0))
+        self._deliver(_Event(_NO_ID, None, _numbered(_GAP, _id_text(self._history.floor))))
 
     def _deliver(self, event: _Event) -> None:
-        if event.id is not None:
-            self._keep(event)
+        if event.id != _NO_ID:
+            self._history.keep(event)
         self._counts["broadcasts"] += 1
-        if self._detached:
+        if self._outlet is not None and self._detached:
             self._outlet.send(event)
         late = [s for s in self._audience(event.channel) if not s._offer(event)]
         try:
@@ -1257,6 +1240,87 @@ class EventBouncer:
                 self._changed.notify_all()
 
 
+class _Reader:
+    """The thread that reads a relay for one bouncer.
+
+    There is one per process, from the first subscriber on; a process that only publishes has none.
+    """
+
+    def __init__(self, relay: Relay, bouncer: EventBouncer) -> None:
+        # Milliseconds; since when it has failed to learn what there was before. None if it has not.
+        self.away_since: int | None = None
+        self._relay = relay
+        self._bouncer = weakref.ref(bouncer)  # whose life is not to depend on this thread's
+        self._tried = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="sse_bouncer relay", daemon=True).start()
+
+    def wait(self) -> None:
+        """Wait until the history is filled; but while the relay is away, not for long."""
+        self._tried.wait(_FILL_WAIT)
+
+    def _run(self) -> None:
+        position: str | None = None
+        pause = 0.0
+        while (bouncer := self._bouncer()) is not None and not bouncer._closed:
+            try:
+                if position is None:
+                    position = self._fill(bouncer)
+                    self._tried.set()
+                del bouncer
+                whole, entries = self._relay.read(position, _RELAY_WAIT)
+                if (bouncer := self._bouncer()) is None:
+                    break
+                if not whole:
+                    logger.warning("events were lost in the relay before this process read them")
+                    bouncer._begin_after_gap(_parse_id(entries[0][0]) if entries else None)
+                for entry in entries:
+                    if (event := _event(entry)) is not None:
+                        bouncer._receive(event)
+                    position = entry[0]
+                if pause:
+                    logger.warning("the relay is back")
+                pause = 0.0
+            except Exception as error:
+                if not pause:
+                    logger.warning("the relay cannot be read; trying until it can: %r", error)
+                if position is None:
+                    self.away_since = self.away_since or _milliseconds()
+                    self._tried.set()
+                bouncer = None
+                pause = min(2 * pause or _FIRST_PAUSE, _LAST_PAUSE)
+                time.sleep(pause * random.uniform(0.5, 1))
+
+    def _fill(self, bouncer: EventBouncer) -> str:
+        """Begin the history with what the relay has, and return where to go on from."""
+        after, entries = self._relay.recent(bouncer.history)
+        events = [event for event in map(_event, entries) if event is not None]
+        # Those who came while the relay was away have waited for what was published since.
+        away = self.away_since
+        missed = [event for event in events if away is not None and event.id[0] >= away]
+        bouncer._begin_with(_parse_id(after) or _NO_ID, events[: len(events) - len(missed)])
+        self.away_since = None
+        for event in missed:
+            bouncer._receive(event)
+        return entries[-1][0] if entries else after
+
+
+def _event(entry: _Entry) -> _Event | None:
+    """Return the event of a relay's entry, or None, and a line in the log, if it is none."""
+    try:
+        text, channel, frame = entry
+        id = _parse_id(text)
+        if id is None:
+            raise ValueError(f"id: expected <milliseconds>-<sequence>, got {text!r:.80}")
+        if channel is not None:
+            _channel_name(channel)
+        return _Event(id, channel, _numbered(Frame(frame), text))
+    except (TypeError, ValueError) as error:
+        logger.warning("skipped an entry of the relay that is no event: %s", error)
+        return None
+
+
 def _seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number of seconds > 0, or None, got {value!r:.80}")
@@ -1279,19 +1343,12 @@ _NO_FRAMES: deque[Frame] = deque(maxlen=0)  # of all detached ones; nothing can 
 _bouncers: weakref.WeakSet[EventBouncer] = weakref.WeakSet()
 
 
-@functools.cache
-def _watch_forks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_begin_anew)
-
-
 def _begin_anew() -> None:
     """In a child process: begin with no subscribers, and with locks that are free.
 
     The threads that read and the clients that listen are the parent's, and a lock that another
     thread held at the moment of the fork would stay locked for ever.
     """
-    _abandon_hub()  # the door to room 4
     for bouncer in _bouncers:
         subscriptions = [*bouncer._audience(None), *bouncer._detached]
         bouncer._readers.clear()
@@ -1300,7 +1357,7 @@ def _begin_anew() -> None:
         bouncer._outlet = None
         bouncer._reader = None
         if bouncer.relay is not None:
-            bouncer._kept.clear()
+            bouncer._history.begin(bouncer._history.newest)  # the reader will fill it again
         bouncer._late.clear()
         bouncer._make_locks()
         for subscription in subscriptions:
@@ -1351,9 +1408,12 @@ _LULL = 0.0005
 class _Stream:
     """One client's connection."""
 
-    __slots__ = ("ending", "fd", "heard", "pending", "room", "subscription")
+    __slots__ = ("ending", "fd", "heard", "outlet", "pending", "room", "subscription")
 
-    def __init__(self, subscription: Subscription, fd: int, pending: deque[bytes]) -> None:
+    def __init__(
+        self, outlet: _Detached, subscription: Subscription, fd: int, pending: deque[bytes]
+    ) -> None:
+        self.outlet = outlet
         self.subscription = subscription
         self.fd = fd  # -1 once it is closed
         # What the connection has not taken yet. None in nearly all streams nearly all the time.
@@ -1379,8 +1439,12 @@ class _Detached:
 
     # What the fan-out room calls, all but the last under the bouncer's lock.
 
-    def attach(self, stream: _Stream) -> None:
+    def attach(
+        self, subscription: Subscription, connection: int, held: Iterable[bytes]
+    ) -> _Stream:
+        stream = _Stream(self, subscription, connection, deque(held))
         self.hub.command(self.hub.attach, stream)
+        return stream
 
     def send(self, event: _Event) -> None:
         self.told += len(event.frame._wire)
@@ -1430,7 +1494,7 @@ class _Detached:
                     frame._wire
                     for id, channel, frame in events
                     if (channel is None or channel in channels)
-                    and (seen is None or id is None or id > seen)
+                    and (seen is None or id == _NO_ID or id > seen)
                 ],
             )
         for stream in list(self.ahead):
@@ -1584,7 +1648,7 @@ class _Hub:
             time.sleep(_LULL)
 
     def _obey(self, commands: list[tuple[Callable[[list[Any]], None], Any]]) -> None:
-        for obey, run in groupby(commands, itemgetter(0)):
+        for obey, run in itertools.groupby(commands, itemgetter(0)):
             try:
                 obey([argument for _, argument in run])
             except Exception:  # the other commands are other people's
@@ -1621,9 +1685,8 @@ class _Hub:
             self._guard(stream, self._attach)
 
     def _attach(self, stream: _Stream) -> None:
-        outlet = _outlet(stream)
-        self._outlets[outlet] = None
-        outlet.add(stream)
+        self._outlets[stream.outlet] = None
+        stream.outlet.add(stream)
         self._selector.register(stream.fd, selectors.EVENT_READ, stream)
         self._flush(stream)
 
@@ -1748,15 +1811,9 @@ class _Hub:
         stream.subscription._bouncer._left(stream.subscription)
 
     def _leave(self, stream: _Stream) -> None:
-        outlet = _outlet(stream)
-        outlet.discard(stream)
-        if not outlet.streams:
-            self._outlets.pop(outlet, None)
-
-
-def _outlet(stream: _Stream) -> _Detached:
-    outlet: _Detached = stream.subscription._bouncer._outlet
-    return outlet
+        stream.outlet.discard(stream)
+        if not stream.outlet.streams:
+            self._outlets.pop(stream.outlet, None)
 
 
 def _sender() -> Callable[[list[int], bytes], list[int]]:
@@ -1778,7 +1835,8 @@ def _sender() -> Callable[[list[int], bytes], list[int]]:
         flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
     except (ImportError, AttributeError, OSError, TypeError):
         return _send_by_hand
-    return lambda fds, data: list(map(send, fds, repeat(data), repeat(len(data)), repeat(flags)))
+    same = itertools.repeat
+    return lambda fds, data: list(map(send, fds, same(data), same(len(data)), same(flags)))
 
 
 def _send_by_hand(fds: list[int], data: bytes) -> list[int]:
@@ -1815,6 +1873,7 @@ def _hub() -> _Hub:
     # setdefault() and not a lock: one made at import could be of the wrong kind, if gevent comes
     # later, and one that is held while a thread starts would stop all greenlets.
     hub = _hubs.get(None) or _hubs.setdefault(None, _Hub())
+    _in_children(_abandon_hub)
     hub.start()
     return hub
 
@@ -1862,11 +1921,8 @@ def _detach(subscription: Subscription, connection: socket.socket, head: bytes) 
         os.close(fd)
         raise
     os.set_blocking(fd, False)
-    subscription._bouncer._hand_over(
-        subscription,
-        lambda: _Detached(hub, subscription._bouncer.heartbeat),
-        lambda held: _Stream(subscription, fd, deque([head, *held])),
-    )
+    bouncer = subscription._bouncer
+    bouncer._hand_over(subscription, lambda: _Detached(hub, bouncer.heartbeat), fd, head)
 
 
 def _most_descriptors() -> float:
@@ -1968,7 +2024,7 @@ def _stream(
     if request.method == "HEAD":
         return sse_response(())
     header = request.headers.get("Last-Event-ID")
-    if (_parse_id(header) or (0, 0)) > (_parse_id(last_event_id) or (0, 0)):
+    if (_parse_id(header) or _NO_ID) > (_parse_id(last_event_id) or _NO_ID):
         last_event_id = header
     try:
         return sse_response(bouncer.subscribe(*channels, last_event_id=last_event_id))

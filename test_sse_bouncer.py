@@ -1659,6 +1659,43 @@ def test_fan_out_ids_increase_when_a_signal_handler_broadcasts() -> None:
     assert ("0 out of order\n", "") == (finished.stdout, finished.stderr)
 
 
+SUBSCRIBING_UNDER_A_HANDLER = """
+import signal
+from sse_bouncer import EventBouncer
+
+def value(frame):
+    return tuple(map(int, frame.split()[1].split("-")))
+
+bouncer = EventBouncer(history=10**6, maxsize=10**6)
+start = bouncer.last_event_id
+last, subscriptions, busy = start, [], True
+signal.signal(signal.SIGALRM, lambda *_: busy and bouncer.broadcast("signal"))
+signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+for number in range(5000):
+    if number % 100 == 0:
+        last = bouncer.last_event_id
+    subscriptions.append((last, bouncer.subscribe(last_event_id=last)))
+    if number % 10:
+        bouncer.unsubscribe(subscriptions.pop()[1])
+busy = False
+signal.setitimer(signal.ITIMER_REAL, 0)
+everything = bouncer.subscribe(last_event_id=start)
+bouncer.close()
+ids = list(map(value, everything))
+bad = 0
+for last, subscription in subscriptions:
+    after = tuple(map(int, last.split("-")))
+    bad += [id for id in ids if id > after] != list(map(value, subscription))
+print(len(ids) > 100, bad)
+"""
+
+
+def test_fan_out_a_signal_handler_broadcasts_in_the_middle_of_subscribing() -> None:
+    """Whoever subscribes just then gets it, once, and in its place."""
+    finished = run_python(SUBSCRIBING_UNDER_A_HANDLER)
+    assert ("True 0\n", "") == (finished.stdout, finished.stderr)
+
+
 # =================================================================================================
 # RESPONSE
 # =================================================================================================
