@@ -4322,7 +4322,9 @@ class Redis:
 
     def __init__(self, folder: Path, port: int, *options: str) -> None:
         self._folder = folder
-        self._command = [need_program("redis-server"), "--port", str(port), "--save", ""]
+        # A file over its limit shall be an error to Redis, as on a full disk, and not its end.
+        self._command = ["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"]
+        self._command += [need_program("redis-server"), "--port", str(port), "--save", ""]
         self._command += ["--bind", "127.0.0.1", "--dir", str(folder), *options]
         self._server: Server | None = None
         self._clients: list[Any] = []
@@ -4337,6 +4339,16 @@ class Redis:
         if self._server is not None:
             self._server.kill()
             self._server = None
+
+    def limit_files(self, size: int) -> None:
+        """Let no file of it grow beyond so many bytes; -1 is without a limit."""
+        import resource
+
+        assert self._server
+        if not hasattr(resource, "prlimit"):
+            pytest.skip("this platform has no prlimit")
+        limits = size, resource.RLIM_INFINITY
+        resource.prlimit(self._server.process.pid, resource.RLIMIT_FSIZE, limits)
 
     def signal(self, number: signal.Signals) -> None:
         assert self._server
@@ -4670,6 +4682,32 @@ def redis_errors() -> tuple[type[Exception], ...]:
     import redis
 
     return (redis.RedisError,)
+
+
+def test_relay_redis_with_a_full_disk(
+    bouncers: Bouncers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes nothing, of which the publisher hears; streams stay, and go on when there is room.
+
+    What it did take arrives.
+    """
+    with redis_server("--appendonly", "yes") as redis:
+        import redis as package
+
+        bouncer = bouncers(redis.relay(), maxsize=10_000)
+        subscription = bouncer.subscribe()
+        accepted = ["before"]
+        bouncer.broadcast("before")
+        redis.limit_files(1)
+        with pytest.raises(package.ResponseError, match="MISCONF"):
+            for number in itertools.count():
+                bouncer.broadcast(number)
+                accepted.append(str(number))
+        redis.limit_files(-1)
+        publish_when_back(bouncer, "after")
+        assert [*accepted, "after"] == next_datas(subscription, len(accepted) + 1)
+        assert [] == caplog.messages
+        bouncers.close()
 
 
 def test_relay_redis_restarted_empty_is_a_gap(bouncers: Bouncers) -> None:
