@@ -1,5 +1,6 @@
 """The apps under test: each streams what is posted to /publish to all who read /stream.
 
+What is posted are events of 64 bytes: one, or several that the route publishes in a loop.
 Each is written as its own documentation has it, and with a queue of 16 events per subscriber
 where the queue is the app's to choose. Nothing but what the app itself needs is imported.
 """
@@ -11,6 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
+
+
+def pieces(body: bytes) -> list[bytes]:
+    return [body[i : i + 64] for i in range(0, len(body), 64)]
 
 
 def sse_bouncer() -> Any:
@@ -27,7 +32,8 @@ def sse_bouncer() -> Any:
 
     @app.post("/publish")
     def publish() -> tuple[str, int]:
-        bouncer.broadcast(request.get_data())
+        for event in pieces(request.get_data()):
+            bouncer.broadcast(event)
         return "", 204
 
     return app
@@ -68,7 +74,8 @@ def blog_post() -> Any:
 
     @app.post("/publish")
     def publish() -> tuple[str, int]:
-        announcer.announce(f"data: {request.get_data(as_text=True)}\n\n")
+        for event in pieces(request.get_data()):
+            announcer.announce(f"data: {event.decode()}\n\n")
         return "", 204
 
     return app
@@ -84,7 +91,8 @@ def flask_sse() -> Any:
 
     @app.post("/publish")
     def publish() -> tuple[str, int]:
-        sse.publish(request.get_data(as_text=True))
+        for event in pieces(request.get_data()):
+            sse.publish(event.decode())
         return "", 204
 
     return app
@@ -116,12 +124,12 @@ def sse_starlette() -> Any:
         return EventSourceResponse(events(), ping=3600)
 
     async def publish(request: Request) -> Response:
-        text = (await request.body()).decode()
-        for messages in list(queues):
-            try:
-                messages.put_nowait(text)
-            except asyncio.QueueFull:
-                queues.discard(messages)
+        for event in pieces(await request.body()):
+            for messages in list(queues):
+                try:
+                    messages.put_nowait(event.decode())
+                except asyncio.QueueFull:
+                    queues.discard(messages)
         return Response(status_code=204)
 
     return Starlette(

@@ -22,7 +22,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_PAYLOAD = 64  # bytes
+_PAYLOAD = 64  # bytes; the apps cut what is posted into pieces of this size
 _EVENT = re.compile(rb"@(\d{9}) \d{16} x+\$")
 _BLANK_LINE = re.compile(rb"\n\n|\r\n\r\n")
 _CHUNK = 32 * 1024  # bytes to read at a time
@@ -32,6 +32,7 @@ _KNOCKING = 250  # connections that have not received anything yet; the least ba
 _QUIET = 0.05  # seconds without input after which all who connect are waiting for an event
 _SILENCE = 3.0  # seconds after which what has not arrived is lost
 _PATIENCE = 20.0  # seconds to wait for the rest in all
+_MUCH_PATIENCE = 120.0  # after a burst, which takes the slowest servers most of a minute
 _RESET = struct.pack("ii", 1, 0)  # linger for 0 seconds: close() sends a reset
 
 
@@ -67,13 +68,13 @@ class _Subscriber:
 
 
 class _Publisher:
-    """A connection that posts one event at a time; opened anew if the server closes it."""
+    """A connection that posts events, and is opened anew if the server closes it."""
 
     def __init__(self, port: int, path: str) -> None:
         self._address = ("127.0.0.1", port)
         self._head = (
             f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-            f"Content-Type: text/plain\r\nContent-Length: {_PAYLOAD}\r\n\r\n"
+            f"Content-Type: text/plain\r\nContent-Length: "
         ).encode()
         self.connection: socket.socket | None = None
         self.busy = False
@@ -86,7 +87,7 @@ class _Publisher:
             self.connection = socket.create_connection(self._address, timeout=_PATIENCE)
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.busy = True
-        self.connection.sendall(self._head + body)
+        self.connection.sendall(self._head + b"%d\r\n\r\n" % len(body) + body)
         return self.connection if new else None
 
     def hear(self) -> socket.socket | None:
@@ -248,6 +249,16 @@ class Client:
 
         return self._measure(seconds, events)
 
+    def burst(self, count: int) -> float:
+        """Post so many events at once, for a route that broadcasts them in a loop.
+
+        Return the share of their deliveries that came.
+        """
+        first = len(self.stamps)
+        self.publish(time.monotonic(), count)
+        self.drain(_MUCH_PATIENCE)
+        return sum(map(len, self.arrivals[first:])) / sum(self._due[first:])
+
     def _measure(self, seconds: float, events: Callable[[float], None]) -> Outcome:
         first = len(self.stamps)
         size, strange, closed = self.size, self.strange, self.closed
@@ -278,13 +289,13 @@ class Client:
             client_cost=cpu / count,
         )
 
-    def drain(self) -> None:
+    def drain(self, patience: float = _PATIENCE) -> None:
         """Wait for what is under way, until all is there or nothing comes any more."""
         begin = self._heard_at = time.monotonic()
         while not (self.idle and self.all_arrived()):
             self.turn(0.05)
             now = time.monotonic()
-            if now - self._heard_at > _SILENCE or now - begin > _PATIENCE:
+            if now - self._heard_at > _SILENCE or now - begin > patience:
                 break
 
     @property
@@ -307,14 +318,17 @@ class Client:
 
     # --- sending and receiving ---------------------------------------------------------------
 
-    def publish(self, stamp: float) -> None:
-        body = _payload(len(self.stamps), stamp)
-        self.stamps.append(stamp)
-        self._due.append(self._in_step)
-        self.arrivals.append(array("d"))
-        self._expected += body + self._between
+    def publish(self, stamp: float, count: int = 1) -> None:
+        """Post one event, or several in one body."""
         assert self.idle
-        new = self._publisher.post(body)
+        bodies = []
+        for _ in range(count):
+            bodies.append(_payload(len(self.stamps), stamp))
+            self.stamps.append(stamp)
+            self._due.append(self._in_step)
+            self.arrivals.append(array("d"))
+            self._expected += bodies[-1] + self._between
+        new = self._publisher.post(b"".join(bodies))
         if new is not None:
             self._watch.register(new.fileno(), select.POLLIN)
 

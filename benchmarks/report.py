@@ -67,6 +67,8 @@ def one_line(run: Run) -> str:
     text = f"{capacity['per_second']:>9,.0f}/s, p99 {paced['p99'] * 1000:,.1f} ms"
     if lost(run):
         text += f", LOST {lost(run):.2%}"
+    if run["burst"] < 1:
+        text += f", of a burst {run['burst']:.0%} arrived"
     if run["bystanders"] > DISTURBED:
         text += f" (others took {run['bystanders']:.0%} of the cores)"
     return text
@@ -121,8 +123,8 @@ def _figures(data: Run) -> str:
     """Everything, in absolute numbers: medians, and for the two main ones the range."""
     lines = [
         "| server | N | deliveries/s | server µs | client µs | client CPU | p50 ms | p99 ms |"
-        " KiB each | threads | lost |",
-        "| --- |" + " ---: |" * 10,
+        " KiB each | threads | lost | of a burst |",
+        "| --- |" + " ---: |" * 11,
     ]
     names = {server["name"]: _strong(server) for server in data["servers"]}
     for (name, n), runs in cells(data).items():
@@ -139,6 +141,7 @@ def _figures(data: Run) -> str:
             _middle(runs, lambda r: max(0.1, r["memory"] / 1024)),
             _middle(runs, lambda r: r["threads"]),
             f"{max(map(lost, runs)):.2%}" if any(map(lost, runs)) else "0",
+            f"{min(run['burst'] for run in runs):.0%}",
         ]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

@@ -28,6 +28,7 @@ from servers import BASELINE, HERE, SERVERS, Server, running
 
 AHEAD = 8  # events that the publisher may be ahead of the slowest subscriber
 OFFERED = 10_000  # deliveries a second, in the paced mode
+BURST = 100  # events that a route broadcasts in a loop
 QUIET = 20.0  # seconds to wait for a machine that is busy with something else
 CONNECTING = 90.0  # seconds that all subscribers may take to connect
 
@@ -62,7 +63,7 @@ class Progress:
 def measure(
     server: Server, n: int, seconds: float, cores: tuple[int | None, int | None], tell: Progress
 ) -> dict[str, Any]:
-    """Start a server, connect ``n`` subscribers, and measure both modes."""
+    """Start a server, connect ``n`` subscribers, and measure all modes."""
     with running(server, n, cores[0]) as it:
         client = Client(it.port, tell.say)
         try:
@@ -79,14 +80,18 @@ def measure(
             paced = client.paced(seconds, OFFERED / n)
             end = machine.usage(it.processes)
             cpu = time.process_time() - cpu
+            bystanders_share = bystanders.share(cpu + end.cpu - full.cpu)
+            tell.say("burst")  # the last: not every server has all its subscribers afterwards
+            burst = client.burst(BURST)
             return {
                 "capacity": asdict(capacity),
                 "paced": asdict(paced),
+                "burst": burst,
                 "server_cost": (after.cpu - full.cpu) / capacity.deliveries,
                 "memory": (full.memory - empty.memory) / (n - 1),
                 "threads": full.threads,
                 "descriptors": full.descriptors,
-                "bystanders": bystanders.share(cpu + end.cpu - full.cpu),
+                "bystanders": bystanders_share,
             }
         finally:
             client.close()
@@ -140,6 +145,7 @@ def compare(options: argparse.Namespace, descriptors: int, out: Path) -> None:
         "descriptors": descriptors,
         "offered": OFFERED,
         "ahead": AHEAD,
+        "burst": BURST,
         "seconds": options.seconds,
         "servers": [asdict(s) for s in servers],
         "skipped": skipped,
