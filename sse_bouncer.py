@@ -46,7 +46,6 @@ import atexit
 import contextlib
 import errno
 import functools
-import inspect
 import itertools
 import json
 import logging
@@ -74,19 +73,39 @@ logger = logging.getLogger("sse_bouncer")
 _said: set[str] = set()
 
 
+def _warn(message: str, *args: object, traceback: bool = False) -> None:
+    """Log a warning, or with the traceback an error.
+
+    A handler that raises has its own trouble: it shall end no stream, and no thread.
+    """
+    try:
+        level = logging.ERROR if traceback else logging.WARNING
+        logger.log(level, message, *args, exc_info=traceback)
+    except Exception:
+        pass
+
+
 def _warn_once(about: str, message: str) -> None:
     """Log a warning, but each of its kind only once in the life of the process."""
     if about not in _said:
         _said.add(about)
-        logger.warning(message)
+        _warn(message)
+
+
+def _shown(value: object) -> str:
+    """Return what a message shows of a value: something short, whatever its own repr() does."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:
+        return f"<{type(value).__name__}, whose repr() fails>"
 
 
 def _whole_number(name: str, value: object, least: int) -> int:
     """Return ``value`` if it is an int of at least ``least``; a bool is not a number here."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number >= {least}, got {value!r:.80}")
+        raise TypeError(f"{name}: expected a whole number >= {least}, got {_shown(value)}")
     if value < least:
-        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r:.80}")
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {_shown(value)}")
     return value
 
 
@@ -136,11 +155,13 @@ class Frame(str):
         if isinstance(text, Frame):
             return text
         if not isinstance(text, str):
-            raise TypeError(f"frame: expected text, got {text!r:.80}; use format_sse(...) for data")
+            raise TypeError(
+                f"frame: expected text, got {_shown(text)}; use format_sse(...) for data"
+            )
         wire = _utf8("frame", text)
         if not _LINE_END.sub("\n", text[-4:]).endswith("\n\n"):
             raise ValueError(
-                f"frame: expected text that ends in a blank line, got {text!r:.80}; "
+                f"frame: expected text that ends in a blank line, got {_shown(text)}; "
                 "use format_sse(...) for data, or end it in two newlines"
             )
         frame = super().__new__(cls, text)
@@ -197,7 +218,7 @@ def _format(
     if isinstance(data, Frame):
         if any(field is not None for field in (event, id, retry, comment)):
             raise ValueError(
-                f"data: expected no Frame beside event, id, retry or comment, got {data!r:.80}; "
+                f"data: expected no Frame beside event, id, retry or comment, got {_shown(data)}; "
                 "give them to the format_sse(...) that makes the frame"
             )
         return data
@@ -232,8 +253,8 @@ def _numbered(frame: Frame, id: str) -> Frame:
     """
     if _ID_LINE.search(frame):
         raise ValueError(
-            f"id: expected none, as the bouncer gives each event its own, got {str(frame)!r:.80}; "
-            "leave it out, or make the bouncer without history and relay"
+            f"id: expected none, as the bouncer gives each event its own, "
+            f"got {_shown(str(frame))}; leave it out, or make the bouncer without history and relay"
         )
     return Frame(f"id: {id}\n" + frame)
 
@@ -243,14 +264,14 @@ def _utf8(name: str, text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{name}: expected text that UTF-8 can hold, got a lone surrogate in {text!r:.80}; "
+            f"{name}: expected text that UTF-8 can hold, got a lone surrogate in {_shown(text)}; "
             "replace it, for example by text.encode(errors='replace')"
         ) from None
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{name}: expected text, got {value!r:.80}; use str(...)")
+        raise TypeError(f"{name}: expected text, got {_shown(value)}; use str(...)")
     _utf8(name, value)
     return value
 
@@ -260,13 +281,13 @@ def _one_line(name: str, value: object) -> str:
     text = _text(name, value)
     # A NUL in an id makes a client ignore the field (9.2.6); in an event's name it is never meant.
     if "\n" in text or "\r" in text or "\0" in text:
-        raise ValueError(f"{name}: expected text without CR, LF or NUL, got {text!r:.80}")
+        raise ValueError(f"{name}: expected text without CR, LF or NUL, got {_shown(text)}")
     return text
 
 
 def _channel_name(channel: object) -> str:
     if not isinstance(channel, str):
-        raise TypeError(f"channel: expected a name, got {channel!r:.80}; use str(...)")
+        raise TypeError(f"channel: expected a name, got {_shown(channel)}; use str(...)")
     if not channel:
         raise ValueError(f"channel: expected a name that is not empty, got {channel!r}")
     _utf8("channel", channel)
@@ -279,7 +300,7 @@ def _data_text(data: object, dumps: Callable[..., str]) -> str:
         if data.endswith(("\n\n", "\r\n\r\n")) and _FORMATTED.match(data):
             _warn_once(
                 "formatted",
-                f"sent as data, though it looks formatted by hand: {str(data)!r:.80}; "
+                f"sent as data, though it looks formatted by hand: {_shown(str(data))}; "
                 "use format_sse(...), or Frame(text) for protocol that you write yourself",
             )
         return _text("data", data)
@@ -288,7 +309,7 @@ def _data_text(data: object, dumps: Callable[..., str]) -> str:
             return str(data, "utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"data: expected bytes in UTF-8, got {data!r:.80} ({error.reason}); "
+                f"data: expected bytes in UTF-8, got {_shown(data)} ({error.reason}); "
                 "decode it with its own encoding, or send base64"
             ) from None
     try:
@@ -296,7 +317,7 @@ def _data_text(data: object, dumps: Callable[..., str]) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
-            f"data: expected text, bytes or what JSON can hold, got {data!r:.80} ({error}); "
+            f"data: expected text, bytes or what JSON can hold, got {_shown(data)} ({error}); "
             "convert it first"
         ) from error
 
@@ -339,19 +360,25 @@ def _id_text(id: _Id) -> str:
     return f"{id[0]}-{id[1]}"
 
 
-_Entry = tuple[str, str | None, str]  # of a relay: id, channel or None, frame
+def _before(id: _Id) -> _Id:
+    """Return the id right before another."""
+    return (id[0], id[1] - 1) if id[1] else (id[0] - 1, 2**64 - 1)
+
+
+_Entry = tuple[str, str | None, str | None]  # of a relay: id, channel or None, frame or None
 
 
 class Relay(Protocol):
     """What carries events between processes. `RedisRelay` is one; any object with these serves.
 
-    An entry is a tuple of id, channel (None is to all) and frame, all text. Ids have the form
+    An entry is a tuple of id, channel (None is to all) and frame, all text. Without a frame (None)
+    it ends the streams of its channel, and without either it means nothing. Ids have the form
     ``<milliseconds>-<sequence>``, and increase. Each method may raise whatever it likes: from
     `publish` it goes to the caller of `EventBouncer.broadcast`; around the others there is a
     thread, one per process, that logs it and tries again.
     """
 
-    def publish(self, channel: str | None, frame: str) -> object:
+    def publish(self, channel: str | None, frame: str | None) -> object:
         """Add an entry, for every process, this one included. Called from any thread."""
 
     def recent(self, count: int) -> tuple[str, Sequence[_Entry]]:
@@ -363,7 +390,7 @@ class Relay(Protocol):
     def read(self, after: str, timeout: float) -> tuple[bool, Sequence[_Entry]]:
         """Wait for entries after an id, at most ``timeout`` seconds, and return some, oldest first.
 
-        The bool says whether nothing between the id and them has been lost.
+        The bool says whether nothing between the id and them has been lost. A loss is told once.
         """
 
 
@@ -392,7 +419,7 @@ class RedisRelay:
     def __init__(self, client: Any, key: str = "sse", maxlen: int = 10_000) -> None:
         if not hasattr(client, "xadd"):
             raise TypeError(
-                f"client: expected a Redis client, got {client!r:.80}; "
+                f"client: expected a Redis client, got {_shown(client)}; "
                 "use redis.Redis.from_url(...)"
             )
         if not _text("key", key):
@@ -400,57 +427,76 @@ class RedisRelay:
         self.key = key
         self.maxlen = _whole_number("maxlen", maxlen, 1)
         self._client = client
-        self._unsure = False  # whether something may have happened to the stream since read()
-        self._ended_at: str | None = None  # the last id that was read of a stream that is no more
+        self._instead: dict[str, str] = {}  # of an id after which some was lost: where to go on
         self._once: dict[str, str] = {}  # the tokens of entries that were read last, and their ids
 
-    def publish(self, channel: str | None, frame: str) -> None:
+    def publish(self, channel: str | None, frame: str | None) -> None:
         """Add an entry. See `Relay`."""
         # A client that got no answer tries again, though Redis may have the entry already. The
         # readers know the second one by its token.
-        fields = {"frame": frame.encode(), "once": os.urandom(9).hex()}
+        fields: dict[str, str | bytes] = {"once": os.urandom(9).hex()}
+        if frame is None:
+            fields["end"] = ""
+        else:
+            fields["frame"] = frame.encode()
         if channel is not None:
             fields["channel"] = channel.encode()
         self._client.xadd(self.key, fields, maxlen=self.maxlen, approximate=True)
 
     def recent(self, count: int) -> tuple[str, list[_Entry]]:
         """Return the newest entries, and the id after which they are all. See `Relay`."""
-        found = self._newest(count + 1)[::-1]
+        found = self._found("XREVRANGE", "+", "-", count + 1)[::-1]
         if len(found) > count:
             return _decoded(found[0][0]), self._entries(found[1:])
-        if not found:
-            return "0-0", []
-        info = self._info()
-        if info.get("entries-added") == info["length"]:  # none was ever trimmed
+        first = _parse_id(_decoded(found[0][0])) if found else None
+        if first is None or self._was_never_trimmed():
             return "0-0", self._entries(found)
-        milliseconds, sequence = map(int, _decoded(found[0][0]).split("-"))
-        before = (milliseconds, sequence - 1) if sequence else (milliseconds - 1, 2**64 - 1)
-        return _id_text(before), self._entries(found)
+        return _id_text(_before(first)), self._entries(found)
 
     def read(self, after: str, timeout: float) -> tuple[bool, list[_Entry]]:
         """Wait for entries. See `Relay`."""
-        # Set until all below has worked: after an error, anything may have happened to the stream.
-        unsure, self._unsure = self._unsure, True
-        if after == self._ended_at:
-            after = "0-0"
-        found = self._after(after)
-        if not found and not unsure:
-            block = int(1000 * min(timeout, self._longest_wait()))
-            try:
-                self._client.xread({self.key: after}, count=1, block=block)
-            except UnicodeDecodeError:
-                pass  # there is something, and that is all there was to know
-            found = self._after(after)
-        # Trimming begins at the oldest: as long as the entry that was read last is there, so are
-        # all after it. It is looked for when there is reason to.
-        whole = True
-        if after != "0-0" and (unsure or len(found) >= min(_AT_ONCE, self.maxlen)):
-            whole = bool(self._found("XRANGE", after, after, 1))
-            if not whole and self._is_another(after):
-                self._ended_at = after
-                found = self._after("0-0")
-        self._unsure = False
+        start = self._instead.get(after, after)
+        whole, found = self._beyond(start)
+        if whole and not found:
+            self._wait(start, timeout)
+            whole, found = self._beyond(start)
+        if not whole:
+            # Somebody has trimmed the stream, or deleted it, or Redis has begun anew: empty, or
+            # with less than it had.
+            if self._is_another(after):
+                start = self._newest_known()
+                _, found = self._beyond(start)
+            else:
+                start = f"({after}"
+            self._instead = {after: start}
         return whole, self._entries(found)
+
+    def _beyond(self, start: str) -> tuple[bool, list[Any]]:
+        """Return what comes after an id, and whether none of that is missing.
+
+        Trimming begins at the oldest: as long as the entry that was read last is there, so are all
+        after it. Where it is known to be gone, "(" before its id means not to look for it.
+        """
+        if start == "0-0":
+            found = self._found("XRANGE", "-", "+", _AT_ONCE)
+            return not found or self._was_never_trimmed(), found
+        found = self._found("XRANGE", start, "+", _AT_ONCE + 1)
+        if start.startswith("("):
+            return True, found
+        whole = bool(found) and _decoded(found[0][0]) == start
+        return whole, found[1:] if whole else found
+
+    def _wait(self, start: str, timeout: float) -> None:
+        block = max(1, int(1000 * min(timeout, self._longest_wait())))  # 0 would be for ever
+        try:
+            self._client.xread({self.key: start.removeprefix("(")}, count=1, block=block)
+        except UnicodeDecodeError:
+            pass  # there is something, and that is all there was to know
+
+    def _was_never_trimmed(self) -> bool:
+        info = self._info()
+        # Redis 6.2 does not count, and is believed to have all.
+        return bool(info.get("entries-added", info["length"]) == info["length"])
 
     def _is_another(self, after: str) -> bool:
         """Return whether the stream is not the one in which that id was the newest."""
@@ -459,17 +505,18 @@ class RedisRelay:
         newest = _parse_id(_decoded(self._info()["last-generated-id"]))
         return (newest or (0, 0)) < (_parse_id(after) or (0, 0))
 
+    def _newest_known(self) -> str:
+        """Return the newest entry of the stream that has been read already; "0-0" if none has."""
+        for id, fields in self._found("XREVRANGE", "+", "-", _AT_ONCE):
+            if self._once.get(_token(id, fields)) == _decoded(id):
+                return _decoded(id)
+        return "0-0"
+
     def _info(self) -> dict[str, Any]:
         # It holds entries too: see _found().
         command = "XINFO STREAM", self.key
         info: dict[str, Any] = self._client.execute_command(*command, NEVER_DECODE=True)
         return info
-
-    def _after(self, id: str) -> list[Any]:
-        return self._found("XRANGE", f"({id}", "+", _AT_ONCE)
-
-    def _newest(self, count: int) -> list[Any]:
-        return self._found("XREVRANGE", "+", "-", count)
 
     def _found(self, command: str, start: str, end: str, count: int) -> list[Any]:
         # A client that decodes would stop for good at one entry, of anyone's, that is not UTF-8.
@@ -485,22 +532,22 @@ class RedisRelay:
 
     def _entries(self, found: Iterable[tuple[Any, dict[Any, Any]]]) -> list[_Entry]:
         entries: list[_Entry] = []
-        for id, raw in found:
-            fields = {_decoded(name): value for name, value in raw.items()}
-            once = _decoded(fields.get("once", id))
-            if self._once.setdefault(once, _decoded(id)) != _decoded(id):
-                continue  # the second of two entries, and not the first one read again
+        for raw_id, raw in found:
+            id, token = _decoded(raw_id), _token(raw_id, raw)
+            fields = {_decoded(name): _decoded(value) for name, value in raw.items()}
+            if self._once.setdefault(token, id) != id:
+                entries.append((id, None, None))  # the second of two, not the first one read again
+                continue
             if len(self._once) > _AT_ONCE:
                 del self._once[next(iter(self._once))]
-            channel = fields.get("channel")
-            entries.append(
-                (
-                    _decoded(id),
-                    None if channel is None else _decoded(channel),
-                    _decoded(fields.get("frame", "")),
-                )
-            )
+            no_frame = None if "end" in fields else ""
+            entries.append((id, fields.get("channel"), fields.get("frame", no_frame)))
         return entries
+
+
+def _token(id: Any, fields: dict[Any, Any]) -> str:
+    """Return what tells an entry from all others; one that was sent twice has the same twice."""
+    return _decoded(fields.get(b"once", fields.get("once", id)))
 
 
 def _decoded(value: Any) -> str:
@@ -545,27 +592,44 @@ class _Event(NamedTuple):
     frame: Frame
 
 
+class _End(NamedTuple):
+    id: _Id
+    channel: str  # whose streams are to end
+
+
 class _History:
     """The newest events, in order: of those after ``floor``, up to ``newest``, none is missing."""
 
-    def __init__(self, most: int, begin: _Id) -> None:
+    def __init__(self, most: int, after: _Id) -> None:
         self._events: deque[_Event] = deque(maxlen=most)
-        self.begin(begin)
+        self.begin(after)
 
     def begin(self, after: _Id, events: Iterable[_Event] = ()) -> None:
         """Forget what there was, and begin with these."""
         self._events.clear()
+        self._hole = False  # events are missing between ``newest`` and the next to come
         self.floor = self.newest = after
         for event in events:
             self.keep(event)
 
     def keep(self, event: _Event) -> None:
-        if event.id <= self.newest:  # a relay that has begun anew, with a clock that is behind
-            self.begin((event.id[0] - 1, 0))
+        if self._hole or event.id <= self.newest:
+            self.lose(event.id)  # a relay that has begun anew may have a clock that is behind
         if len(self._events) == self._events.maxlen:
-            self.floor = self._events[0].id if self._events else event.id
+            oldest = self._events[0].id if self._events else event.id
+            self.floor = max(self.floor, oldest)
         self._events.append(event)
         self.newest = event.id
+
+    def lose(self, first: _Id | None) -> None:
+        """Take note that events are missing before the ``first``; None is the next to come."""
+        self._hole = first is None
+        if first is None:
+            self.floor = self.newest = (self.newest[0], self.newest[1] + 1)
+        elif first > self.newest:
+            self.floor = self.newest = _before(first)
+        else:
+            self.begin(_before(first))
 
     def next_id(self) -> _Id:
         # Also when the clock is stepped back: then on from the newest.
@@ -578,8 +642,8 @@ class _History:
         return self.floor <= id <= self.newest
 
     def after(self, id: _Id) -> list[_Event]:
-        """Return what came after an id; all there is, where something of that is missing."""
-        if not self.is_whole_after(id):
+        """Return what is kept of what came after an id; all, if it is of nothing known here."""
+        if id > self.newest:
             return list(self._events)
         newest_first = itertools.takewhile(lambda event: event.id > id, reversed(self._events))
         return list(newest_first)[::-1]
@@ -815,11 +879,11 @@ class EventBouncer:
         if max_subscribers is not None:
             _whole_number("max_subscribers", max_subscribers, 1)
         if not isinstance(detach, bool):
-            raise TypeError(f"detach: expected True or False, got {detach!r:.80}")
+            raise TypeError(f"detach: expected True or False, got {_shown(detach)}")
         self.detach = detach
         if relay is not None and not all(hasattr(relay, m) for m in ("publish", "recent", "read")):
             raise TypeError(
-                f"relay: expected an object with publish, recent and read, got {relay!r:.80}; "
+                f"relay: expected an object with publish, recent and read, got {_shown(relay)}; "
                 "RedisRelay(client) is one"
             )
         self.relay = relay
@@ -872,7 +936,7 @@ class EventBouncer:
         """
         subscription = Subscription(self, tuple(dict.fromkeys(map(_channel_name, channels))))
         if not isinstance(last_event_id, str | None):
-            raise TypeError(f"last_event_id: expected text or None, got {last_event_id!r:.80}")
+            raise TypeError(f"last_event_id: expected text or None, got {_shown(last_event_id)}")
         self._start_reader()
         last = _parse_id(last_event_id)
         # In turn: what a signal handler, or a finaliser, broadcasts between the catching up and
@@ -946,7 +1010,7 @@ class EventBouncer:
         :raises ValueError: if it is another bouncer's.
         """
         if not isinstance(subscription, Subscription):
-            raise TypeError(f"subscription: expected a Subscription, got {subscription!r:.80}")
+            raise TypeError(f"subscription: expected a Subscription, got {_shown(subscription)}")
         if subscription._bouncer is not self:
             raise ValueError(
                 f"subscription: expected one of this bouncer's, got another's, {subscription!r}"
@@ -958,18 +1022,22 @@ class EventBouncer:
         """End the streams of these channels, or of all, and then let nobody in any more.
 
         A user has logged out: ``bouncer.close(f"user-{user.id}")`` ends the streams that have that
-        channel among theirs, and new ones may come. Without arguments every stream ends, later
-        subscribers are refused, and a later `broadcast` reaches nobody. What subscribers hold is
-        still delivered.
+        channel among theirs, and new ones may come. With a relay it ends those of all processes,
+        or here at least, and raises what the relay raises.
+
+        Without arguments every stream of this process ends, later subscribers are refused, and a
+        later `broadcast` reaches nobody here. What subscribers hold is still delivered.
         """
-        audiences = tuple(map(_channel_name, channels)) or (None,)
+        names = tuple(map(_channel_name, channels))
         with self._lock:
             # The flag first: a subscriber that a signal handler's close() has not found in the
             # loop below finds the flag when it looks again, at the end of subscribe().
-            self._closed = self._closed or not channels
-            for audience in audiences:
-                for subscription in self._audience(audience) + self._detached_from(audience):
-                    self._remove(subscription, "closed")
+            self._closed = self._closed or not names
+            for name in names or (None,):
+                self._end_streams(name)
+        if self.relay is not None:
+            for name in names:
+                self.relay.publish(name, None)
 
     @property
     def subscribers(self) -> tuple[Subscription, ...]:
@@ -1043,9 +1111,12 @@ class EventBouncer:
         with self._lock:
             self._history.begin(after, events)
 
-    def _receive(self, event: _Event) -> None:
-        """Fan out what the relay brings."""
-        self._in_turn(lambda: self._deliver(event))
+    def _receive(self, what: _Event | _End) -> None:
+        """Do what the relay brings."""
+        if isinstance(what, _End):
+            self._in_turn(lambda: self._end_streams(what.channel))
+        else:
+            self._in_turn(lambda: self._deliver(what))
 
     def _begin_after_gap(self, first: _Id | None) -> None:
         """Tell everyone that events are lost which were still to come, before the ``first``."""
@@ -1066,7 +1137,11 @@ class EventBouncer:
             if self._reader is None:
                 self._reader = starting = _Reader(self.relay, self)
         if starting is not None:
-            starting.start()
+            try:
+                starting.start()
+            except RuntimeError:  # no thread to be had; the next one tries again
+                self._reader = None
+                raise
         self._reader.wait()
 
     def _in_turn(self, act: Callable[[], None]) -> None:
@@ -1116,7 +1191,10 @@ class EventBouncer:
         reference = weakref.ref(subscription, self._gone.append)
         self._readers[reference] = subscription.channels
         for channel in subscription.channels:
-            self._channels.setdefault(channel, {})[reference] = None
+            audience = self._channels.setdefault(channel, {})
+            audience[reference] = None
+            # A signal handler may have found it empty in between, and taken it away.
+            self._channels[channel] = audience
 
     def _forget(self, reference: weakref.ref[Subscription]) -> None:
         for channel in self._readers.pop(reference, ()):
@@ -1145,6 +1223,10 @@ class EventBouncer:
 
     def _detached_from(self, channel: str | None) -> list[Subscription]:
         return [s for s in list(self._detached) if channel is None or channel in s.channels]
+
+    def _end_streams(self, channel: str | None) -> None:
+        for subscription in self._audience(channel) + self._detached_from(channel):
+            self._remove(subscription, "closed")
 
     def _remove(self, subscription: Subscription, why: str) -> None:
         if self._outlet is not None and subscription in self._detached:
@@ -1176,8 +1258,11 @@ class EventBouncer:
 
         The client has it from a process that was faster to read the relay.
         """
-        latest = _milliseconds() + _SKEW
-        return self.relay is not None and self._born - _SKEW <= id[0] <= latest
+        if self.relay is None:
+            return False
+        # Of a relay that is empty nobody can have read anything before this process began.
+        earliest = self._born - (_SKEW if self._history.newest != _NO_ID else 0)
+        return earliest <= id[0] <= _milliseconds() + _SKEW
 
     def _relay_is_away(self) -> bool:
         """Return whether it has never been there yet, so that nobody knows what came before."""
@@ -1193,17 +1278,16 @@ class EventBouncer:
         self._deliver(_Event(id, channel, frame))
 
     def _send_gap(self, first: _Id | None) -> None:
-        newest = self._history.newest
-        if first is None or first > newest:
-            self._history.begin((newest[0], newest[1] + 1))
-        else:  # the relay lost all, and its clock is behind what it was
-            self._history.begin((first[0] - 1, 0))
-        self._deliver(_Event(_NO_ID, None, _numbered(_GAP, _id_text(self._history.floor))))
+        self._history.lose(first)
+        self._fan_out(_Event(_NO_ID, None, _numbered(_GAP, _id_text(self._history.floor))))
 
     def _deliver(self, event: _Event) -> None:
         if event.id != _NO_ID:
             self._history.keep(event)
         self._counts["broadcasts"] += 1
+        self._fan_out(event)
+
+    def _fan_out(self, event: _Event) -> None:
         if self._outlet is not None and self._detached:
             self._outlet.send(event)
         late = [s for s in self._audience(event.channel) if not s._offer(event)]
@@ -1229,7 +1313,7 @@ class EventBouncer:
                 if self._changed.wait_for(lambda: not self._late, _MOMENT / 10):
                     break
         finally:
-            for subscription in self._late:
+            for subscription in list(self._late):
                 subscription._waited += time.monotonic() - began
             self._late = set()
 
@@ -1247,8 +1331,8 @@ class _Reader:
     """
 
     def __init__(self, relay: Relay, bouncer: EventBouncer) -> None:
-        # Milliseconds; since when it has failed to learn what there was before. None if it has not.
-        self.away_since: int | None = None
+        # Milliseconds; since when it has yet to learn what there was before. None once it knows.
+        self.away_since: int | None = _milliseconds()
         self._relay = relay
         self._bouncer = weakref.ref(bouncer)  # whose life is not to depend on this thread's
         self._tried = threading.Event()
@@ -1267,27 +1351,24 @@ class _Reader:
             try:
                 if position is None:
                     position = self._fill(bouncer)
-                    self._tried.set()
                 del bouncer
                 whole, entries = self._relay.read(position, _RELAY_WAIT)
                 if (bouncer := self._bouncer()) is None:
                     break
                 if not whole:
-                    logger.warning("events were lost in the relay before this process read them")
+                    _warn("events were lost in the relay before this process read them")
                     bouncer._begin_after_gap(_parse_id(entries[0][0]) if entries else None)
                 for entry in entries:
-                    if (event := _event(entry)) is not None:
-                        bouncer._receive(event)
+                    if (what := _parse_entry(entry)) is not None:
+                        bouncer._receive(what)
                     position = entry[0]
                 if pause:
-                    logger.warning("the relay is back")
+                    _warn("the relay is back")
                 pause = 0.0
             except Exception as error:
                 if not pause:
-                    logger.warning("the relay cannot be read; trying until it can: %r", error)
-                if position is None:
-                    self.away_since = self.away_since or _milliseconds()
-                    self._tried.set()
+                    _warn("the relay cannot be read; trying until it can: %s", _shown(error))
+                self._tried.set()
                 bouncer = None
                 pause = min(2 * pause or _FIRST_PAUSE, _LAST_PAUSE)
                 time.sleep(pause * random.uniform(0.5, 1))
@@ -1295,47 +1376,51 @@ class _Reader:
     def _fill(self, bouncer: EventBouncer) -> str:
         """Begin the history with what the relay has, and return where to go on from."""
         after, entries = self._relay.recent(bouncer.history)
-        events = [event for event in map(_event, entries) if event is not None]
+        found = [what for what in map(_parse_entry, entries) if what is not None]
         # Those who came while the relay was away have waited for what was published since.
-        away = self.away_since
-        missed = [event for event in events if away is not None and event.id[0] >= away]
-        bouncer._begin_with(_parse_id(after) or _NO_ID, events[: len(events) - len(missed)])
+        away = self.away_since or 0
+        missed = [what for what in found if what.id[0] >= away]
+        kept = [what for what in found if what.id[0] < away and isinstance(what, _Event)]
+        bouncer._begin_with(_parse_id(after) or _NO_ID, kept)
         self.away_since = None
-        for event in missed:
-            bouncer._receive(event)
+        self._tried.set()
+        for what in missed:
+            bouncer._receive(what)
         return entries[-1][0] if entries else after
 
 
-def _event(entry: _Entry) -> _Event | None:
-    """Return the event of a relay's entry, or None, and a line in the log, if it is none."""
+def _parse_entry(entry: _Entry) -> _Event | _End | None:
+    """Return what a relay's entry says; None if nothing, with a line in the log if it is none."""
     try:
         text, channel, frame = entry
         id = _parse_id(text)
         if id is None:
-            raise ValueError(f"id: expected <milliseconds>-<sequence>, got {text!r:.80}")
+            raise ValueError(f"id: expected <milliseconds>-<sequence>, got {_shown(text)}")
         if channel is not None:
             _channel_name(channel)
-        return _Event(id, channel, _numbered(Frame(frame), text))
+        if frame is not None:
+            return _Event(id, channel, _numbered(Frame(frame), text))
+        return None if channel is None else _End(id, channel)
     except (TypeError, ValueError) as error:
-        logger.warning("skipped an entry of the relay that is no event: %s", error)
+        _warn("skipped an entry of the relay that is no event: %s", error)
         return None
 
 
 def _seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number of seconds > 0, or None, got {value!r:.80}")
+        raise TypeError(f"{name}: expected a number of seconds > 0, or None, got {_shown(value)}")
     if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a number of seconds > 0, or None, got {value!r:.80}")
+        raise ValueError(f"{name}: expected a number of seconds > 0, or None, got {_shown(value)}")
     return float(value)
 
 
 def _retry_range(retry: object) -> tuple[int, int]:
     pair = retry if isinstance(retry, tuple | list) else (retry, retry)
     if len(pair) != 2:
-        raise ValueError(f"retry: expected milliseconds or a pair of them, got {retry!r:.80}")
+        raise ValueError(f"retry: expected milliseconds or a pair of them, got {_shown(retry)}")
     low, high = (_whole_number("retry", milliseconds, 0) for milliseconds in pair)
     if low > high:
-        raise ValueError(f"retry: expected a pair that goes from low to high, got {retry!r:.80}")
+        raise ValueError(f"retry: expected a pair that goes from low to high, got {_shown(retry)}")
     return low, high
 
 
@@ -1405,19 +1490,22 @@ _GLANCE = 0.001
 _LULL = 0.0005
 
 
+_Bytes = bytes | memoryview  # a view of what is left of a frame, as others wait for it too
+
+
 class _Stream:
     """One client's connection."""
 
     __slots__ = ("ending", "fd", "heard", "outlet", "pending", "room", "subscription")
 
     def __init__(
-        self, outlet: _Detached, subscription: Subscription, fd: int, pending: deque[bytes]
+        self, outlet: _Detached, subscription: Subscription, fd: int, pending: deque[_Bytes]
     ) -> None:
         self.outlet = outlet
         self.subscription = subscription
         self.fd = fd  # -1 once it is closed
         # What the connection has not taken yet. None in nearly all streams nearly all the time.
-        self.pending: deque[bytes] | None = pending
+        self.pending: deque[_Bytes] | None = pending
         # What it holds at first is what its client came to fetch; later ones count.
         self.room = subscription.maxsize + len(pending)
         self.heard = 0  # bytes
@@ -1565,7 +1653,6 @@ class _Hub:
                 selector.close()
                 raise
             os.set_blocking(self._ear, False)
-            os.set_blocking(self._bell, False)
             selector.register(self._ear, selectors.EVENT_READ, None)
             self._selector = selector
             thread = threading.Thread(target=self._run, name="sse_bouncer", daemon=True)
@@ -1592,10 +1679,17 @@ class _Hub:
     def settle(self) -> None:
         """Wait, when the process ends, until what was broadcast is sent, but not for long."""
         until = time.monotonic() + _PATIENCE
-        while _hubs.get(None) is self and time.monotonic() < until and (
-            self._commands or any(outlet.told > outlet.sent for outlet in list(self._outlets))
-        ):
+        while _hubs.get(None) is self and self._is_busy() and time.monotonic() < until:
             time.sleep(_GLANCE)
+
+    def _is_busy(self) -> bool:
+        """Return whether something that was broadcast is still to be sent."""
+        streams = list(self._deadlines)
+        for outlet in list(self._outlets):
+            if outlet.told > outlet.sent:
+                return True
+            streams += list(outlet.streams)
+        return bool(self._commands) or any(stream.pending for stream in streams)
 
     def is_here(self) -> bool:
         """Return whether it is the hub's thread that asks."""
@@ -1608,7 +1702,7 @@ class _Hub:
             try:
                 self._turn()
             except Exception:
-                logger.exception("unexpected; the hub goes on")
+                _warn("unexpected; the hub goes on", traceback=True)
                 time.sleep(_MOMENT)  # whatever it is, it shall not fill the log
 
     def _turn(self) -> None:
@@ -1652,7 +1746,7 @@ class _Hub:
             try:
                 obey([argument for _, argument in run])
             except Exception:  # the other commands are other people's
-                logger.exception("unexpected; the hub goes on")
+                _warn("unexpected; the hub goes on", traceback=True)
 
     def _idle_time(self) -> float | None:
         at = min((outlet.beat_at for outlet in self._outlets), default=math.inf)
@@ -1677,7 +1771,7 @@ class _Hub:
         except OSError:  # reset, timed out: its client is gone
             self._close(stream)
         except Exception:
-            logger.exception("unexpected; it costs one stream: %r", stream.subscription)
+            _warn("unexpected; it costs one stream: %r", stream.subscription, traceback=True)
             self._close(stream)
 
     def attach(self, streams: list[_Stream]) -> None:
@@ -1730,7 +1824,7 @@ class _Hub:
     def _serve(self, stream: _Stream, events: int) -> None:
         if events & selectors.EVENT_READ:
             # Nothing that it says matters but that it leaves, which reads as nothing. One that
-            # shuts down its sending half alone is taken to leave as well, as servers do.
+            # shuts down its sending half alone looks the same, and is taken to leave as well.
             heard = len(os.read(stream.fd, _HEARSAY))
             stream.heard += heard
             if not heard or stream.heard > _HEARSAY:
@@ -1740,14 +1834,15 @@ class _Hub:
 
     def _flush(self, stream: _Stream) -> None:
         """Send of what is pending as much as the connection takes at once."""
-        chunk: list[bytes] = []
+        chunk: list[_Bytes] = []
         size = 0
         for frame in stream.pending or ():
             chunk.append(frame)
             size += len(frame)
             if size >= _SEND_BUFFER:
                 break
-        self._advance(stream, _write(stream.fd, b"".join(chunk)))
+        data = chunk[0] if len(chunk) == 1 else b"".join(chunk)  # a big one is not copied
+        self._advance(stream, _write(stream.fd, data))
 
     def _advance(self, stream: _Stream, taken: int) -> None:
         """Take what was sent off the pending frames, and see what follows from what is left."""
@@ -1755,7 +1850,7 @@ class _Hub:
         while pending and taken >= len(pending[0]):
             taken -= len(pending.popleft())
         if pending:
-            pending[0] = pending[0][taken:]
+            pending[0] = memoryview(pending[0])[taken:]
             self._selector.modify(stream.fd, selectors.EVENT_READ | selectors.EVENT_WRITE, stream)
             if stream.ending:
                 self._deadlines[stream] = time.monotonic() + _LINGER
@@ -1802,7 +1897,7 @@ class _Hub:
         try:
             self._leave(stream)
         except Exception:  # in the middle of a fan-out it would be others who pay
-            logger.exception("unexpected; the stream is closed all the same")
+            _warn("unexpected; the stream is closed all the same", traceback=True)
         try:
             self._selector.unregister(fd)
         except KeyError:
@@ -1849,7 +1944,7 @@ def _send_by_hand(fds: list[int], data: bytes) -> list[int]:
     return taken
 
 
-def _write(fd: int, data: bytes) -> int:
+def _write(fd: int, data: _Bytes) -> int:
     try:
         return os.write(fd, data)
     except BlockingIOError:
@@ -1884,7 +1979,11 @@ def _abandon_hub() -> None:
     if hub is not None and hub._thread is not None:
         streams = {s for outlet in hub._outlets for s in outlet.streams} | set(hub._deadlines)
         streams |= {about for _, about in hub._commands if isinstance(about, _Stream)}
-        # The selector is not told: what it is told it would tell the parent's.
+        # The selector is not told of them: what it is told, it would tell the parent's. Closed it
+        # is, where it is a descriptor of its own; gevent's is all greenlets' together.
+        if hasattr(hub._selector, "fileno"):
+            with contextlib.suppress(OSError):  # a kqueue is not inherited
+                hub._selector.close()
         for fd in {hub._ear, hub._bell} | {s.fd for s in streams if s.fd >= 0}:
             try:
                 os.close(fd)
@@ -2004,7 +2103,7 @@ def sse_response(
     if isinstance(source, str | bytes | bytearray | Mapping) or not isinstance(source, Iterable):
         raise TypeError(
             f"source: expected a generator, an iterable of items or a Subscription, "
-            f"got {source!r:.80}; put a single item into a list"
+            f"got {_shown(source)}; put a single item into a list"
         )
     return _respond(_ItemsBody(source), status, headers)
 
@@ -2052,7 +2151,7 @@ def _respond(
         if name.lower() == "content-type" and not value.startswith("text/event-stream"):
             raise ValueError(
                 f"headers: expected Content-Type text/event-stream, the only one that clients of "
-                f"a stream accept, got {value!r:.80}; leave it out"
+                f"a stream accept, got {_shown(value)}; leave it out"
             )
     # The app's own class: Flask would turn any other response into one.
     own: Any = current_app.response_class if has_app_context() else Response
@@ -2077,7 +2176,7 @@ def _detaching(response_class: Any) -> Any:
 
         def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
             write = start_response(status, headers, *exc_info)
-            started[:] = status, headers, write
+            started[:] = status, write
             return write
 
         chunks: Iterable[bytes] = response_class.__call__(self, environ, start)
@@ -2097,18 +2196,19 @@ class _SubscriptionBody:
         self._opened = False
         self._detached = False
 
-    def detach(
-        self, environ: dict[str, Any], status: str, headers: list[tuple[str, str]], write: Any
-    ) -> None:
+    def detach(self, environ: dict[str, Any], status: str, write: Any) -> None:
         """Give the stream to the hub; where that is not sound, leave it to the server."""
         bouncer = self._subscription._bouncer
-        headers = _headers_at_server(write, headers)
+        headers = _headers_at_server(write)
         names = {name.lower() for name, _ in headers}
         connection = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
         if (
             not bouncer.detach
             or connection is None  # waitress, the test client: the server keeps it to itself
+            or not headers  # middleware stands between, and has yet to see them
             or hasattr(connection, "getpeercert")  # TLS: the bytes have to go through its object
+            # The development server, told to fork for each request, whose process ends with it.
+            or ("werkzeug.socket" in environ and environ.get("wsgi.multiprocess"))
             or environ.get("SERVER_PROTOCOL") not in ("HTTP/1.1", "HTTP/1.0")  # HTTP/2 shares it
             or environ["REQUEST_METHOD"] != "GET"  # HEAD has no body; others may be mid-upload
             or not status.startswith("200 ")  # 204 and its like have none either
@@ -2116,7 +2216,8 @@ class _SubscriptionBody:
             or sys.platform == "win32"  # a socket is no file descriptor there
         ):
             return
-        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers)]
+        lines = [f"HTTP/1.1 {status}"]
+        lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _SERVERS_OWN]
         lines += [f"Date: {formatdate(usegmt=True)}"] if "date" not in names else []
         # No length and no chunks: the body ends with the connection.
         head = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1")
@@ -2157,16 +2258,17 @@ class _SubscriptionBody:
             self._subscription._bouncer.unsubscribe(self._subscription)
 
 
-def _headers_at_server(write: Any, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the headers with what WSGI middleware has added, as far as the server shows them.
+def _headers_at_server(write: Any) -> list[tuple[str, str]]:
+    """Return the headers that have arrived at the server; none, if middleware holds them back.
 
     What ``start_response`` returns is in gunicorn a method of the response that has them, and in
     the development server a function in whose scope they are.
     """
-    at_server = getattr(getattr(write, "__self__", None), "headers", None)
-    if at_server is None and inspect.isfunction(write):
-        at_server = inspect.getclosurevars(write).nonlocals.get("headers_set")
-    return at_server if isinstance(at_server, list) else headers
+    headers = getattr(getattr(write, "__self__", None), "headers", None)
+    names = getattr(getattr(write, "__code__", None), "co_freevars", ())
+    if "headers_set" in names:
+        headers = write.__closure__[names.index("headers_set")].cell_contents
+    return headers if isinstance(headers, list) else []
 
 
 def _opening(subscription: Subscription) -> bytes:
@@ -2212,7 +2314,7 @@ class _ItemsBody:
             try:
                 return _format(item, None, None, None, None, self._dumps)._wire
             except (TypeError, ValueError):
-                logger.exception("left out of a stream, which goes on: %.80r", item)
+                _warn("left out of a stream, which goes on: %s", _shown(item), traceback=True)
         raise StopIteration
 
     def close(self) -> None:
