@@ -230,10 +230,10 @@ def _format(
         lines.append("event: " + event)
     if id is not None:
         number = isinstance(id, int) and not isinstance(id, bool)
-        lines.append("id: " + (str(int(id)) if number else _one_line("id", id)))
+        lines.append("id: " + (_digits("id", id) if number else _one_line("id", id)))
     if retry is not None:
         # "If the field value consists of only ASCII digits" (9.2.6): no sign, point or exponent.
-        lines.append("retry: " + str(int(_whole_number("retry", retry, 0))))
+        lines.append("retry: " + _digits("retry", _whole_number("retry", retry, 0)))
     if data is not None:
         # Always one space: "If value starts with a U+0020 SPACE character, remove it from value."
         # (9.2.6) So data that itself begins with a space keeps it.
@@ -257,6 +257,15 @@ def _numbered(frame: Frame, id: str) -> Frame:
             f"got {_shown(str(frame))}; leave it out, or make the bouncer without history and relay"
         )
     return Frame(f"id: {id}\n" + frame)
+
+
+def _digits(name: str, number: Any) -> str:
+    try:
+        return str(int(number))
+    except ValueError:  # Python does not even write one out that is so long
+        raise ValueError(
+            f"{name}: expected a number of fewer digits, got {_shown(number)}"
+        ) from None
 
 
 def _utf8(name: str, text: str) -> bytes:
@@ -1022,22 +1031,23 @@ class EventBouncer:
         """End the streams of these channels, or of all, and then let nobody in any more.
 
         A user has logged out: ``bouncer.close(f"user-{user.id}")`` ends the streams that have that
-        channel among theirs, and new ones may come. With a relay it ends those of all processes,
-        or here at least, and raises what the relay raises.
+        channel among theirs, and new ones may come. With a relay it ends those of all processes; if
+        that fails, those of this one, and raises what the relay raises.
 
         Without arguments every stream of this process ends, later subscribers are refused, and a
         later `broadcast` reaches nobody here. What subscribers hold is still delivered.
         """
         names = tuple(map(_channel_name, channels))
-        with self._lock:
-            # The flag first: a subscriber that a signal handler's close() has not found in the
-            # loop below finds the flag when it looks again, at the end of subscribe().
-            self._closed = self._closed or not names
-            for name in names or (None,):
-                self._end_streams(name)
-        if self.relay is not None:
-            for name in names:
-                self.relay.publish(name, None)
+        if names and self.relay is not None:
+            # By way of the relay here too: what was broadcast before arrives before the end.
+            try:
+                for name in names:
+                    self.relay.publish(name, None)
+                return
+            except BaseException:
+                self._close(names)
+                raise
+        self._close(names)
 
     @property
     def subscribers(self) -> tuple[Subscription, ...]:
@@ -1143,6 +1153,14 @@ class EventBouncer:
                 self._reader = None
                 raise
         self._reader.wait()
+
+    def _close(self, names: tuple[str, ...]) -> None:
+        with self._lock:
+            # The flag first: a subscriber that a signal handler's close() has not found in the
+            # loop below finds the flag when it looks again, at the end of subscribe().
+            self._closed = self._closed or not names
+            for name in names or (None,):
+                self._end_streams(name)
 
     def _in_turn(self, act: Callable[[], None]) -> None:
         """Do something to all subscribers, when what was begun before is done."""

@@ -816,6 +816,20 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 # =================================================================================================
 
 
+class Unshowable:
+    """What an ORM's object is like when its session is closed."""
+
+    def __repr__(self) -> str:
+        raise LookupError("detached")
+
+
+def nested(depth: int) -> list[Any]:
+    items: list[Any] = []
+    for _ in range(depth):
+        items = [items]
+    return items
+
+
 class Colour(enum.StrEnum):
     RED = "red"
 
@@ -1535,6 +1549,10 @@ REFUSED: list[tuple[Callable[[], object], type[Exception], str, str]] = [
     (lambda: format_sse({1, 2}), TypeError, "data", "{1, 2}"),
     (lambda: format_sse(object()), TypeError, "data", "<object object"),
     (lambda: format_sse(circular()), ValueError, "data", "[[...]]"),
+    (lambda: format_sse(nested(100_000)), ValueError, "data", "<list, whose repr() fails>"),
+    (lambda: format_sse(Unshowable()), TypeError, "data", "<Unshowable, whose repr() fails>"),
+    (lambda: format_sse("x", id=10**5000), ValueError, "id", "<int, whose repr() fails>"),
+    (lambda: format_sse("x", retry=10**5000), ValueError, "retry", "<int, whose repr() fails>"),
     (lambda: format_sse(format_sse("x"), "greet"), ValueError, "data", r"'data: x\n\n'"),
     (lambda: format_sse(format_sse("x"), id=1), ValueError, "data", r"'data: x\n\n'"),
     (lambda: format_sse(format_sse("x"), retry=1), ValueError, "data", r"'data: x\n\n'"),
@@ -1730,6 +1748,26 @@ def test_fan_out_a_signal_handler_broadcasts_in_the_middle_of_subscribing() -> N
     assert ("True 0\n", "") == (finished.stdout, finished.stderr)
 
 
+UNSUBSCRIBING_HANDLER = """
+import signal
+from sse_bouncer import EventBouncer
+
+bouncer = EventBouncer(maxsize=1)
+leaving = [bouncer.subscribe() for _ in range(20_000)]
+bouncer.broadcast("fills them")
+signal.signal(signal.SIGALRM, lambda *_: leaving and bouncer.unsubscribe(leaving.pop()))
+signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+bouncer.broadcast("waits for them, and drops them")
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(len(leaving) < 20_000, bouncer.stats()["subscribers"])
+"""
+
+
+def test_fan_out_a_signal_handler_unsubscribes_who_is_waited_for() -> None:
+    finished = run_python(UNSUBSCRIBING_HANDLER)
+    assert ("True 0\n", "") == (finished.stdout, finished.stderr)
+
+
 # =================================================================================================
 # RESPONSE
 # =================================================================================================
@@ -1898,9 +1936,9 @@ def test_response_items_by_the_apps_json_provider() -> None:
 
 def test_response_leaves_out_what_cannot_be_formatted(caplog: pytest.LogCaptureFixture) -> None:
     """One bad item is logged, and the stream goes on."""
-    app = app_of(lambda: sse_response(["a", math.nan, None, "\ud800", "b"]))
+    app = app_of(lambda: sse_response(["a", math.nan, None, "\ud800", Unshowable(), "b"]))
     assert "data: a\n\ndata: b\n\n" == app.test_client().get("/").text
-    assert [("sse_bouncer", logging.ERROR)] * 3 == [
+    assert [("sse_bouncer", logging.ERROR)] * 4 == [
         (record.name, record.levelno) for record in caplog.records
     ]
     assert "nan" in caplog.messages[0]
@@ -4207,6 +4245,127 @@ def test_relay_contract_loss_is_told_to_everyone(
     assert 1 == sum("events were lost in the relay" in message for message in caplog.messages)
 
 
+def test_relay_contract_close_of_a_channel_ends_its_streams_everywhere(
+    bouncers: Bouncers,
+) -> None:
+    """A user logs out at one process, and has tabs at others. Who comes later is let in."""
+    relay = SharedMemory()
+    one, two = bouncers(relay), bouncers(relay)
+    tabs = [one.subscribe("ada"), two.subscribe("ada", "news")]
+    bob = two.subscribe("bob")
+    one.broadcast("before", channel="ada")
+    one.close("ada", "nobody")
+    assert [["before"]] * 2 == [datas(tab) for tab in tabs]
+    two.broadcast("still here")
+    assert ["still here"] == next_datas(bob, 1)
+    start = one.last_event_id
+    again = two.subscribe("ada", last_event_id=relay.entries[0][0])
+    one.broadcast("after", channel="ada")
+    assert ["still here", "after"] == next_datas(again, 2)
+    assert ["after"] == next_datas(bouncers(relay).subscribe("ada", last_event_id=start), 1)
+
+
+def test_relay_contract_close_without_channels_is_for_one_process(bouncers: Bouncers) -> None:
+    """One that stops must not end the others' streams."""
+    relay = SharedMemory()
+    one, two = bouncers(relay), bouncers(relay)
+    mine, others = one.subscribe(), two.subscribe()
+    one.close()
+    two.broadcast("goes on")
+    assert [[], ["goes on"]] == [datas(mine), next_datas(others, 1)]
+
+
+def test_relay_contract_close_ends_streams_here_though_the_relay_is_away(
+    bouncers: Bouncers,
+) -> None:
+    relay = BrokenMemory()
+    bouncer = bouncers(relay)
+    subscription = bouncer.subscribe("ada")
+    relay.away = True
+    with pytest.raises(BrokenMemory.Away):
+        bouncer.close("ada")
+    assert [] == datas(subscription)
+    relay.away = False
+
+
+def test_relay_contract_who_missed_what_was_lost_is_told_so(bouncers: Bouncers) -> None:
+    """Also one that has seen, at another process, some of what this one has lost."""
+    relay = BrokenMemory()
+    bouncer = bouncers(relay)
+    start = bouncer.last_event_id
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("0")
+    next_events(subscription, 1)
+    relay.held = True
+    for number in (1, 2, 3):
+        bouncer.broadcast(number)
+    first, second, _, last = [entry[0] for entry in relay.entries]
+    del relay.entries[1:3]
+    relay.lost = True
+    relay.let_go()
+    gap, third = next_events(subscription, 2)
+    assert (("gap", ""), "3") == ((gap.type, gap.data), third.data)
+    expected = [(start, True, ["0", "3"]), (first, True, ["3"]), (second, True, ["3"])]
+    expected += [(gap.id, False, ["3"]), (last, False, [])]
+    for id, is_gap, missed in expected:
+        resumed = bouncer.subscribe(last_event_id=id)
+        assert (is_gap, missed) == (resumed.gap, held(resumed))
+
+
+@pytest.mark.parametrize("seconds", [10, 3600])
+def test_relay_contract_that_has_lost_all_with_its_processes_is_a_gap(
+    seconds: int, bouncers: Bouncers
+) -> None:
+    """All machines have begun anew, and a client comes back with an id of before."""
+    id = f"{time.time_ns() // 1_000_000 - seconds * 1000}-0"
+    relay = SharedMemory()
+    assert bouncers(relay).subscribe(last_event_id=id).gap
+    relay.publish(None, "data: x\n\n")
+    assert bouncers(relay).subscribe(last_event_id=id).gap
+
+
+def test_relay_contract_reader_is_started_once_there_is_a_thread_for_it(
+    bouncers: Bouncers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who subscribes when there is none hears of it; the next one is served."""
+    bouncer = bouncers(SharedMemory())
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_more_threads)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            bouncer.subscribe()
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("hi")
+    assert ["hi"] == next_datas(subscription, 1)
+
+
+def no_more_threads(thread: threading.Thread) -> None:
+    """What Thread.start does when the system has no more."""
+    raise RuntimeError("can't start new thread")
+
+
+def test_relay_contract_reader_survives_a_log_handler_that_raises(bouncers: Bouncers) -> None:
+    relay = SharedMemory()
+    bouncer = bouncers(relay)
+    subscription = bouncer.subscribe()
+    handler = RaisingHandler()
+    sse_bouncer.logger.addHandler(handler)
+    try:
+        relay.publish(None, "no frame")
+        bouncer.broadcast("hi")
+        assert ["hi"] == next_datas(subscription, 1)
+    finally:
+        sse_bouncer.logger.removeHandler(handler)
+    assert handler.called
+
+
+class RaisingHandler(logging.Handler):
+    called = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.called = True
+        raise OSError("no space left on device")
+
+
 def test_relay_contract_resuming_waits_for_a_relay_that_is_away(bouncers: Bouncers) -> None:
     """What was missed cannot be told yet, so the client is told to come back; a new one may stay,
     and gets what is published from then on, but not what was before."""
@@ -4503,6 +4662,77 @@ def test_relay_redis_keeps_about_maxlen_and_tells_of_the_rest(
     assert [numbers, numbers[1:]] == [held(late), held(latest)]
 
 
+def test_relay_redis_tells_once_that_all_was_trimmed(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    """By hand, while everything is quiet: nobody can say what of it had not been read."""
+    bouncer = bouncers(shared_redis.relay(key, socket_timeout=0.2))
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("a")
+    assert ["a"] == next_datas(subscription, 1)
+    shared_redis.client().xtrim(key, maxlen=0, approximate=False)
+    (gap,) = next_events(subscription, 1)
+    assert ("gap", "") == (gap.type, gap.data)
+    wait_for_idle_reader(shared_redis)
+    bouncer.broadcast("b")
+    bouncer.broadcast("c")
+    assert ["b", "c"] == next_datas(subscription, 2)
+    resumed = bouncer.subscribe(last_event_id=gap.id)
+    assert ["b", "c"] == held(resumed)
+
+
+def test_relay_redis_that_was_trimmed_before_anything_was_read(
+    shared_redis: Redis, key: str
+) -> None:
+    relay = shared_redis.relay(key, maxlen=100)
+    assert ("0-0", []) == relay.recent(10)
+    for number in range(1000):
+        relay.publish(None, format_sse(number))
+    whole, entries = relay.read("0-0", 1)
+    assert not whole
+    assert "data: 999\n\n" == entries[-1][2]
+
+
+def test_relay_redis_deleted_and_begun_anew_with_lower_ids(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    """As happens within one millisecond: the ids begin at zero again."""
+    client = shared_redis.client(decode_responses=True)
+    bouncer = bouncers(shared_redis.relay(key))
+    subscription = bouncer.subscribe()
+    client.xadd(key, {"frame": "data: a\n\n"}, id="1900000000000-0")
+    client.xadd(key, {"frame": "data: b\n\n"}, id="1900000000000-1")
+    assert ["a", "b"] == next_datas(subscription, 2)
+    with client.pipeline() as pipeline:
+        pipeline.delete(key)
+        pipeline.xadd(key, {"frame": "data: c\n\n", "once": "c"}, id="1900000000000-0")
+        pipeline.execute()
+    gap, c = next_events(subscription, 2)
+    assert ("gap", Event("c", id="1900000000000-0")) == (gap.type, c)
+    resumed = bouncer.subscribe(last_event_id=gap.id)
+    assert (["c"], False) == (held(resumed), resumed.gap)
+
+
+def test_relay_redis_restarted_from_an_older_copy(bouncers: Bouncers) -> None:
+    """What was delivered is not delivered again; that something may be missing is told."""
+    with redis_server() as redis:
+        bouncer = bouncers(redis.relay())
+        subscription = bouncer.subscribe()
+        for number in range(10):
+            bouncer.broadcast(number)
+        assert [str(number) for number in range(10)] == next_datas(subscription, 10)
+        redis.client().save()
+        bouncer.broadcast("only in memory")
+        assert ["only in memory"] == next_datas(subscription, 1)
+        redis.kill()
+        redis.start()
+        (gap,) = next_events(subscription, 1)
+        assert ("gap", "") == (gap.type, gap.data)
+        publish_when_back(bouncer, "new")
+        assert ["new"] == next_datas(subscription, 1)
+        bouncers.close()
+
+
 def test_relay_redis_resumes_after_the_stream_was_deleted(
     shared_redis: Redis, key: str, bouncers: Bouncers
 ) -> None:
@@ -4602,6 +4832,20 @@ def test_relay_redis_a_retried_xadd_is_delivered_once(
     assert ["once", "twice", "twice", "last"] == next_datas(late, 4)
 
 
+def test_relay_redis_idle_after_a_retried_xadd(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    """The second entry is behind the reader, too: it does not find it again and again."""
+    client = shared_redis.client()
+    bouncer = bouncers(shared_redis.relay(key, socket_timeout=0.2))
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("once")
+    client.xadd(key, client.xrange(key)[-1][1])
+    assert ["once"] == next_datas(subscription, 1)
+    wait_for_idle_reader(shared_redis)
+    assert subscription.empty()
+
+
 ONLY_PUBLISHES = """
 import sys, threading
 sys.modules["flask"] = sys.modules["werkzeug"] = None  # an import of either now fails
@@ -4636,22 +4880,54 @@ def test_relay_redis_one_connection_however_many_subscribers(
     assert 1 <= names.count("counted") <= 2
 
 
+def wait_for_idle_reader(redis: Redis) -> None:
+    """Wait until a reader has found nothing a few times, and see that it waits in between."""
+    client = redis.client()
+
+    def calls() -> tuple[int, int]:
+        stats: dict[str, Any] = client.info("commandstats")
+        waits, looks = (stats.get(f"cmdstat_{name}", {}) for name in ("xread", "xrange"))
+        return int(waits.get("calls", 0)), int(looks.get("calls", 0))
+
+    before = calls()
+    wait_until(lambda: calls()[0] >= before[0] + 3, "it waits for something, and finds nothing")
+    waits, looks = (now - then for now, then in zip(calls(), before, strict=True))
+    assert looks <= 3 * waits
+
+
 def test_relay_redis_idle_with_a_short_timeout_of_its_own(
     shared_redis: Redis, key: str, bouncers: Bouncers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A client that soon takes a silent connection for a broken one does not do so here."""
     bouncer = bouncers(shared_redis.relay(key, socket_timeout=0.2))
     bouncer.subscribe()
-    client = shared_redis.client()
-
-    def reads() -> int:
-        stats: dict[str, Any] = client.info("commandstats").get("cmdstat_xread", {})
-        return int(stats.get("calls", 0))
-
-    before = reads()
-    wait_until(lambda: reads() >= before + 3, "it reads and finds nothing")
+    wait_for_idle_reader(shared_redis)
     bouncer.broadcast("a")
     assert not [message for message in caplog.messages if "cannot be read" in message]
+
+
+def test_relay_redis_that_hangs_when_a_process_starts(bouncers: Bouncers) -> None:
+    """What a client missed cannot be told yet: it is told to come back, and then gets it."""
+    with redis_server() as redis:
+        publisher = bouncers(redis.relay())
+        publisher.broadcast("seen")
+        publisher.broadcast("missed")
+        (first, _), _ = redis.client(decode_responses=True).xrange("sse")
+        started = bouncers(redis.relay())
+        redis.signal(signal.SIGSTOP)
+        with pytest.raises(EventBouncer.Refused, match="waiting for its relay"):
+            started.subscribe(last_event_id=first)
+        redis.signal(signal.SIGCONT)
+        resumed: list[Subscription] = []
+
+        def is_let_in() -> bool:
+            with contextlib.suppress(EventBouncer.Refused):
+                resumed.append(started.subscribe(last_event_id=first))
+            return bool(resumed)
+
+        wait_until(is_let_in, "it is let in")
+        assert (["missed"], False) == (held(resumed[0]), resumed[0].gap)
+        bouncers.close()
 
 
 def test_relay_redis_that_hangs(bouncers: Bouncers) -> None:
@@ -4837,6 +5113,11 @@ def publish():
     bouncer.broadcast(request.get_data(), channel=request.args.get("channel"))
     return {}
 
+@app.post("/logout/<user>")
+def logout(user):
+    bouncer.close(f"user-{user}")
+    return {}
+
 @app.errorhandler(redis.RedisError)
 def away(error):
     return type(error).__name__, 503
@@ -4880,13 +5161,15 @@ def process_of(client: Client) -> str:
     return dict(client.headers)["x-process"]
 
 
-def spread(servers: Sequence[Server], least: int, processes: int) -> list[Client]:
+def spread(
+    servers: Sequence[Server], least: int, processes: int, query: str = ""
+) -> list[Client]:
     """Open streams until there are at least so many at each process."""
     clients: dict[str, list[Client]] = defaultdict(list)
 
     def enough() -> bool:
         for server in servers:
-            client = server.subscribe("/subscribe")
+            client = server.subscribe(f"/subscribe{query}")
             clients[process_of(client)].append(client)
         return len(clients) == processes and all(len(c) >= least for c in clients.values())
 
@@ -4968,6 +5251,15 @@ def test_processes_hold_few_connections_to_redis(
     fleet[0].post("/publish", b"x")
     assert {"x"} == {client.event().data for client in clients}
     assert len(connections()) <= len(before) + 1  # one may have published for the first time
+
+
+def test_processes_logout_ends_a_users_streams_at_all(fleet: tuple[Server, Server]) -> None:
+    tabs = spread(fleet, least=1, processes=4, query="?channel=user-ada")
+    bob = fleet[0].subscribe("/subscribe?channel=user-bob")
+    fleet[1].post("/logout/ada")
+    assert [[]] * len(tabs) == [tab.wait_end() for tab in tabs]
+    fleet[0].post("/publish?channel=user-bob", b"still here")
+    assert "still here" == bob.event().data
 
 
 def test_processes_with_a_relay_are_not_warned(fleet: tuple[Server, Server]) -> None:
