@@ -1038,16 +1038,16 @@ class EventBouncer:
         later `broadcast` reaches nobody here. What subscribers hold is still delivered.
         """
         names = tuple(map(_channel_name, channels))
-        if names and self.relay is not None:
-            # By way of the relay here too: what was broadcast before arrives before the end.
-            try:
-                for name in names:
-                    self.relay.publish(name, None)
-                return
-            except BaseException:
-                self._close(names)
-                raise
-        self._close(names)
+        if not names or self.relay is None:
+            self._close(names)
+            return
+        # By way of the relay here too: what was broadcast before arrives before the end.
+        try:
+            for name in names:
+                self.relay.publish(name, None)
+        except BaseException:
+            self._close(names)
+            raise
 
     @property
     def subscribers(self) -> tuple[Subscription, ...]:

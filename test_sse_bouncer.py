@@ -711,6 +711,20 @@ class Remote:
         wait_until(lambda: counts.items() <= self.stats().items(), f"{counts} in its stats")
 
 
+@contextlib.contextmanager
+def serve_here(app: flask.Flask) -> Iterator[int]:
+    """Serve the app from this process by the development server; its streams are detached."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server.port
+    finally:
+        server.shutdown()
+        thread.join(TIMEOUT)
+        server.server_close()
+
+
 @pytest.fixture(autouse=True)
 def leave_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """On a server that several tests share: end each test's clients, and look at the log."""
@@ -2292,6 +2306,16 @@ def middleware(wsgi):
         query = environ["QUERY_STRING"]
         if "http2" in query:
             environ["SERVER_PROTOCOL"] = "HTTP/2"
+        if "held" in query:  # as some do that look at the response before they pass it on
+            held = []
+            def hold(status, headers, exc_info=None):
+                held[:] = status, headers
+                return write
+            def write(data):
+                return real(data)
+            chunks = wsgi(environ, hold)
+            real = start_response(held[0], held[1] + [("X-Middleware", "yes")])
+            return chunks
         added = [("X-Middleware", "yes")]
         if "deflate" in query:
             added.append(("Content-Encoding", "deflate"))
@@ -2313,6 +2337,9 @@ def after(response):
     change = request.args.get("change")
     if change == "status":
         response.status_code = 201
+    if change == "headers":  # as people have it from blog posts
+        response.headers["Connection"] = "keep-alive"
+        response.headers["Transfer-Encoding"] = "chunked"
     if change == "body":
         response.response = (chunk for chunk in response.response)
     return response
@@ -2412,11 +2439,13 @@ in_handler = threading.Event()
 class Handler(logging.Handler):
     """Tells a bouncer what the module logs; takes a lock that its app holds elsewhere too."""
 
-    def __init__(self, name):
+    def __init__(self, name, broken):
         super().__init__()
-        self.name = name
+        self.name, self.broken = name, broken
 
     def emit(self, record):
+        if self.broken:
+            raise OSError("no space left on device")
         in_handler.set()
         with mine:
             bouncers[self.name].broadcast(record.levelname)
@@ -2424,7 +2453,7 @@ class Handler(logging.Handler):
 @app.post("/handler/<name>")
 def add_handler(name):
     in_handler.clear()
-    sse_bouncer.logger.addHandler(Handler(name))
+    sse_bouncer.logger.addHandler(Handler(name, "broken" in request.args))
     return {}
 
 @app.delete("/handler/<name>")
@@ -2592,6 +2621,16 @@ def test_hub_sends_what_the_app_and_middleware_have_set(hub: Server) -> None:
     assert not {"content-length", "transfer-encoding"} & set(names)
 
 
+def test_hub_leaves_out_headers_that_are_the_servers_own(hub: Server) -> None:
+    """They would say of the body what it is not."""
+    bouncer = quiet(hub)
+    client = bouncer.client("?change=headers")
+    check_stream(bouncer, client, detached=True)
+    names = Counter(name for name, _ in client.headers if name != "set-cookie")
+    assert {1} == set(names.values())
+    assert ("connection", "close") in client.headers
+
+
 def test_hub_hands_over_what_a_subscriber_holds(hub: Server) -> None:
     bouncer = quiet(hub)
     client = hub.client(f"/primed/{bouncer.name}")
@@ -2627,6 +2666,7 @@ FALL_BACKS: dict[str, tuple[str, str, dict[str, object]]] = {
     "HTTP/2": ("GET", "?http2", {}),
     "body wrapped": ("GET", "?change=body", {}),
     "compressed by middleware": ("GET", "?deflate", {}),
+    "headers that middleware holds back": ("GET", "?held", {}),
 }
 
 
@@ -2652,6 +2692,7 @@ def test_hub_leaves_to_the_server(
     bouncer = quiet(hub, **options)
     client = hub.client(f"/respond/{bouncer.name}{query}", method=method)
     check_stream(bouncer, client, detached=False)
+    assert ("x-middleware", "yes") in client.headers
 
 
 @concurrent
@@ -2749,6 +2790,65 @@ def test_hub_leaves_what_flask_compress_has_wrapped() -> None:
         client = bouncer.client(headers={"Accept-Encoding": "deflate"})
         check_stream(bouncer, client, detached=False)
         assert ("content-encoding", "deflate") in client.headers
+
+
+FORKS_FOR_EACH_REQUEST = """
+from flask import Flask
+from sse_bouncer import EventBouncer
+
+app = Flask(__name__)
+app.add_url_rule("/", view_func=EventBouncer(heartbeat=0.05).stream)
+app.run(processes=4, threaded=False)
+"""
+
+
+def test_hub_leaves_alone_a_server_that_forks_for_each_request() -> None:
+    """Its process would end with the request, and the hub with it."""
+    with serve("script", FORKS_FOR_EACH_REQUEST) as server:
+        server.client("/").wait_for_body(b":\n" * 5)
+
+
+WITHOUT_A_THREAD = """
+import socket, threading
+from flask import Flask
+from werkzeug.serving import make_server
+from sse_bouncer import EventBouncer
+
+def start(thread):
+    if thread.name == "sse_bouncer" and no_more:
+        raise RuntimeError("can't start new thread")
+    real_start(thread)
+
+real_start, threading.Thread.start, no_more = threading.Thread.start, start, True
+app = Flask("app")
+bouncer = EventBouncer()
+app.add_url_rule("/", view_func=bouncer.stream)
+server = make_server("127.0.0.1", 0, app, threaded=True)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+
+def client():
+    connection = socket.create_connection(("127.0.0.1", server.port), 20)
+    connection.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+    stream = connection.makefile("rb")
+    while stream.readline() != b":\\n":
+        pass
+    return stream
+
+streams = [client()]
+served = bouncer.stats()
+no_more = False
+streams.append(client())
+while bouncer.stats()["detached"] < 1:
+    pass
+bouncer.broadcast("hi")
+print(served["subscribers"], served["detached"], [b"data: hi\\n" in stream for stream in streams])
+"""
+
+
+def test_hub_leaves_streams_to_the_server_while_there_is_no_thread_for_it() -> None:
+    finished = run_python(WITHOUT_A_THREAD)
+    assert "1 0 [True, True]\n" == finished.stdout, finished.stderr
+    assert 1 == finished.stderr.count("streams hold workers, for want of a thread")
 
 
 def test_hub_leaves_the_test_client_alone() -> None:
@@ -2883,7 +2983,152 @@ def test_hub_child_holds_no_connection_of_its_parent(
     assert 0 == child.stats()["subscribers"]
 
 
+GENERATIONS = """
+import os, sse_bouncer
+for generation in range(5):
+    sse_bouncer._hub()
+    print(len(os.listdir("/proc/self/fd")), flush=True)
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        break
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_hub_child_inherits_no_descriptor() -> None:
+    finished = run_python(GENERATIONS, PYTHONWARNINGS="ignore::DeprecationWarning")
+    assert 1 == len(set(finished.stdout.split())), finished.stdout
+    assert 5 == len(finished.stdout.split()), finished.stderr
+
+
 # -- slow and dead clients ------------------------------------------------------------------------
+
+
+def here(bouncer: EventBouncer, port: int, **headers: str) -> Client:
+    """Open a stream of a bouncer in this process, whose client takes little before it is read."""
+    before = bouncer.stats()["detached"]
+    client = Client(port, "/", headers=headers, receive_buffer=4096)
+    wait_until(lambda: bouncer.stats()["detached"] > before, "it is detached")
+    return client
+
+
+def broadcast_big(bouncer: EventBouncer, count: int) -> None:
+    """More of these than one or two fit into no connection that is not read."""
+    for number in range(count):
+        bouncer.broadcast(str(number).rjust(65536))
+
+
+@pytest.mark.parametrize("read", [20, 30], ids=["in part", "wholly"])
+def test_hub_keeps_a_client_that_catches_up_in_time(
+    read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was over its bound, and reads, stays; one that does not is dropped."""
+    monkeypatch.setattr(sse_bouncer, "_PATIENCE", 2.0)
+    bouncer = EventBouncer(heartbeat=None)
+    with serve_here(app_of(bouncer.stream)) as port, contextlib.ExitStack() as stack:
+        client, other = (
+            stack.enter_context(contextlib.closing(here(bouncer, port))) for _ in range(2)
+        )
+        broadcast_big(bouncer, 30)
+        events = client.events(read)
+        wait_until(lambda: bouncer.stats()["dropped"] > 0, "the other one is dropped")
+        bouncer.broadcast("30")
+        events += client.events(31 - read)
+        assert list(range(31)) == [int(event.data) for event in events]
+        assert 1 == bouncer.stats()["dropped"]
+        assert other.wait_end()
+
+
+def test_hub_bound_holds_after_a_replay() -> None:
+    """What a client came to fetch does not count; once it has it, the bound is what it was."""
+    bouncer = EventBouncer(heartbeat=None, history=200)
+    start = bouncer.last_event_id or ""
+    for number in range(100):
+        bouncer.broadcast(number)
+    with serve_here(app_of(bouncer.stream)) as port:
+        with contextlib.closing(here(bouncer, port, **{"Last-Event-ID": start})) as client:
+            assert list(range(100)) == [int(event.data) for event in client.events(100)]
+            broadcast_big(bouncer, 40)
+            wait_until(lambda: bouncer.stats()["dropped"] == 1, "it is dropped")
+
+
+def test_hub_drops_at_once_who_is_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the time that a client over its bound has: memory is not to be had without end."""
+    monkeypatch.setattr(sse_bouncer, "_PATIENCE", 10 * TIMEOUT)
+    bouncer = EventBouncer(heartbeat=None)
+    with serve_here(app_of(bouncer.stream)) as port:
+        with contextlib.closing(here(bouncer, port)):
+            for number in range(3000):
+                bouncer.broadcast(str(number).rjust(1024))
+            wait_until(lambda: bouncer.stats()["dropped"] == 1, "it is dropped")
+
+
+def test_hub_heartbeats_drop_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that has yet to take an event is not sent any: they would add up."""
+    monkeypatch.setattr(sse_bouncer, "_PATIENCE", 0.1)
+    bouncer = EventBouncer(heartbeat=0.005)
+    with serve_here(app_of(bouncer.stream)) as port, contextlib.ExitStack() as stack:
+        stalled, other = (
+            stack.enter_context(contextlib.closing(here(bouncer, port))) for _ in range(2)
+        )
+        broadcast_big(bouncer, 8)
+        other.wait_until(lambda: other.body.count(b":\n") > 200, "heartbeats")
+        assert 0 == bouncer.stats()["dropped"]
+        assert list(range(8)) == [int(event.data) for event in stalled.events(8)]
+
+
+def test_hub_hands_over_nobody_in_the_middle_of_a_broadcast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A reader whose queue is full is not made one that never was: it is dropped, and told."""
+    monkeypatch.setattr(sse_bouncer, "_MOMENT", 2.0)
+    bouncer = EventBouncer(maxsize=1, heartbeat=None)
+
+    def view() -> Any:
+        subscription = bouncer.subscribe()
+        bouncer.broadcast("held")
+        Task(bouncer.broadcast, "no room").wait_until_parked()
+        return sse_response(subscription)
+
+    with serve_here(app_of(view)) as port, contextlib.closing(Client(port, "/")) as client:
+        assert [Event("held")] == client.wait_end()
+
+
+def test_hub_keeps_one_copy_of_a_big_event(hub: Server) -> None:
+    """However many clients have yet to take the rest of it."""
+    bouncer, size = quiet(hub), 8 * 2**20
+    hub.post(f"/frame/{bouncer.name}/1?size={size}")  # what it takes to make one
+    before = hub.get("/peak-memory")["bytes"]
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for number in range(1, 11):
+            connections.append(stack.enter_context(connect(bouncer)))
+            bouncer.wait_for(detached=number)
+        hub.post(f"/frame/{bouncer.name}/1?size={size}")
+        readers = [Task(count_bytes, connection) for connection in connections]
+        bouncer.close()
+        assert {len(f"data: {'x' * size}\n\n")} == {reader.result() for reader in readers}
+    assert hub.get("/peak-memory")["bytes"] - before < 4 * size
+
+
+def connect(bouncer: Remote) -> socket.socket:
+    """Open a stream of which only the length is looked at."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    connection.settimeout(TIMEOUT)
+    connection.connect(("127.0.0.1", bouncer.server.port))
+    connection.sendall(f"GET /subscribe/{bouncer.name} HTTP/1.1\r\n\r\n".encode())
+    return connection
+
+
+def count_bytes(connection: socket.socket) -> int:
+    """Read a stream to its end; return the length of what comes after its opening."""
+    head, _, rest = connection.recv(4096).partition(b"\r\n\r\n")
+    total = len(rest.removeprefix(b":\n"))
+    chunk = bytearray(2**20)
+    while received := connection.recv_into(chunk):
+        total += received
+    return total
 
 
 def test_hub_stalled_client_costs_the_kernel_little(hub: Server) -> None:
@@ -3226,25 +3471,13 @@ def test_hub_holds_back_a_publisher_in_a_loop(hub: Server, size: int, count: int
     The clients only count, and may fall behind: they are not what it waits for.
     """
     bouncer = quiet(hub, maxsize=count)
-
-    def read(connection: socket.socket) -> int:
-        head, _, rest = connection.recv(4096).partition(b"\r\n\r\n")
-        total = len(rest.removeprefix(b":\n"))
-        chunk = bytearray(2**20)
-        while received := connection.recv_into(chunk):
-            total += received
-        return total
-
     hub.post(f"/frame/{bouncer.name}/1?size={size}")  # what it takes to make one
     before = hub.get("/peak-memory")["bytes"]
     with contextlib.ExitStack() as stack:
         readers = []
         for number in (1, 2, 3):
-            connection = socket.create_connection(("127.0.0.1", hub.port), TIMEOUT)
-            stack.enter_context(connection)
-            connection.sendall(f"GET /subscribe/{bouncer.name} HTTP/1.1\r\n\r\n".encode())
+            readers.append(Task(count_bytes, stack.enter_context(connect(bouncer))))
             bouncer.wait_for(detached=number)
-            readers.append(Task(read, connection))
         hub.post(f"/frame/{bouncer.name}/{count}?size={size}")
         bouncer.close()
         (total,) = {reader.result() for reader in readers}
@@ -3264,8 +3497,8 @@ def test_hub_takes_what_finalisers_broadcast(hub: Server) -> None:
 
 
 @contextlib.contextmanager
-def log_handler(bouncer: Remote) -> Iterator[None]:
-    bouncer.server.post(f"/handler/{bouncer.name}")
+def log_handler(bouncer: Remote, kind: str = "") -> Iterator[None]:
+    bouncer.server.post(f"/handler/{bouncer.name}{kind}")
     try:
         yield
     finally:
@@ -3310,6 +3543,18 @@ def test_hub_may_log_to_a_handler_that_broadcasts(hub: Server) -> None:
         assert Event("ERROR") == client.event()
     bouncer.broadcast("hi")
     assert Event("hi") == client.event()
+
+
+def test_hub_survives_a_log_handler_that_raises(hub: Server) -> None:
+    """And what it was to log costs one stream, as ever."""
+    bouncer = quiet(hub)
+    with log_handler(bouncer, "?broken"):
+        for _ in range(2):
+            client, unlucky = bouncer.client(), bouncer.client()
+            unlucky.say(b"BOOM")
+            unlucky.wait_end()
+            bouncer.broadcast("hi")
+            assert Event("hi") == client.event()
 
 
 @only_development
@@ -3412,18 +3657,20 @@ print(f"Running on http://127.0.0.1:{server.port}", flush=True)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 signal.sigwait([signal.SIGTERM])
 for number in range(100):
-    bouncer.broadcast(number)
+    bouncer.broadcast(str(number).rjust(SIZE))
 '''
 
 
-def test_hub_sends_what_was_broadcast_right_before_exit() -> None:
-    """All of it, to all; and the interpreter prints nothing as it goes."""
-    with serve("script", SCRIPT_THAT_ENDS) as server:
-        clients = [server.client("/subscribe") for _ in range(100)]
-        wait_until(lambda: server.get("/stats")["detached"] == 100, "the streams are detached")
+@pytest.mark.parametrize(("count", "size"), [(100, 0), (3, 50_000)])
+def test_hub_sends_what_was_broadcast_right_before_exit(count: int, size: int) -> None:
+    """All of it, to all, in as many parts as they take it; and nothing is printed as it goes."""
+    with serve("script", SCRIPT_THAT_ENDS.replace("SIZE", str(size))) as server:
+        clients = [server.client("/subscribe") for _ in range(count)]
+        wait_until(lambda: server.get("/stats")["detached"] == count, "the streams are detached")
+        readers = [Task(client.wait_end) for client in clients]
         server.process.send_signal(signal.SIGTERM)
-        for client in clients:
-            assert [Event(str(number)) for number in range(100)] == client.wait_end()
+        for reader in readers:
+            assert list(range(100)) == [int(event.data) for event in reader.result()]
         assert 0 == server.process.wait(TIMEOUT)
         assert [] == re.findall(r"^(?!Running on|127\.0\.0\.1 - - ).+\n", server.log(), re.M)
 
@@ -4384,20 +4631,6 @@ def test_relay_contract_resuming_waits_for_a_relay_that_is_away(bouncers: Bounce
     relay.away = False
     assert ["new"] == next_datas(staying, 1)
     assert ["new"] == held(bouncer.subscribe(last_event_id="1000-0"))
-
-
-@contextlib.contextmanager
-def serve_here(app: flask.Flask) -> Iterator[int]:
-    """Serve the app from this process by the development server; its streams are detached."""
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield server.port
-    finally:
-        server.shutdown()
-        thread.join(TIMEOUT)
-        server.server_close()
 
 
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "served"])
