@@ -3012,15 +3012,19 @@ def here(bouncer: EventBouncer, port: int, **headers: str) -> Client:
     return client
 
 
+BIG = 65536  # bytes: a connection that is not read takes one or two events of this size
+
+
 def broadcast_big(bouncer: EventBouncer, count: int) -> None:
-    """More of these than one or two fit into no connection that is not read."""
     for number in range(count):
-        bouncer.broadcast(str(number).rjust(65536))
+        bouncer.broadcast(str(number).rjust(BIG))
 
 
-@pytest.mark.parametrize("read", [20, 30], ids=["in part", "wholly"])
+@pytest.mark.parametrize(
+    ("sizes", "read"), [([BIG] * 30, 20), ([BIG] * 3 + [0] * 40, 43)], ids=["in part", "wholly"]
+)
 def test_hub_keeps_a_client_that_catches_up_in_time(
-    read: int, monkeypatch: pytest.MonkeyPatch
+    sizes: list[int], read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that was over its bound, and reads, stays; one that does not is dropped."""
     monkeypatch.setattr(sse_bouncer, "_PATIENCE", 2.0)
@@ -3029,12 +3033,13 @@ def test_hub_keeps_a_client_that_catches_up_in_time(
         client, other = (
             stack.enter_context(contextlib.closing(here(bouncer, port))) for _ in range(2)
         )
-        broadcast_big(bouncer, 30)
+        for number, size in enumerate(sizes):
+            bouncer.broadcast(str(number).rjust(size))
         events = client.events(read)
         wait_until(lambda: bouncer.stats()["dropped"] > 0, "the other one is dropped")
-        bouncer.broadcast("30")
-        events += client.events(31 - read)
-        assert list(range(31)) == [int(event.data) for event in events]
+        bouncer.broadcast(len(sizes))
+        events += client.events(len(sizes) + 1 - read)
+        assert list(range(len(sizes) + 1)) == [int(event.data) for event in events]
         assert 1 == bouncer.stats()["dropped"]
         assert other.wait_end()
 
