@@ -141,7 +141,8 @@ class Frame(str):
 
     `format_sse` returns one; it and `EventBouncer.broadcast` pass one through unchanged and
     format everything else, so a frame is never formatted twice and a user's text is never taken
-    for protocol. Call ``Frame(text)`` only for protocol that you have written yourself.
+    for protocol. Call ``Frame(text)`` only for protocol that you have written yourself: one event,
+    as with a history it gets one id.
 
     :raises TypeError: if it is not given text.
     :raises ValueError: if the text does not end in a blank line, which would run it into the next
@@ -1069,8 +1070,9 @@ class EventBouncer:
     def stats(self) -> dict[str, int]:
         """Count what there is and what there was: whole numbers, for this process.
 
-        ``subscribers`` now; ``detached``, those of them whose stream holds no worker;
-        ``broadcasts``, ``dropped`` and ``refused`` since the bouncer was made.
+        ``subscribers`` now; ``detached``, those of them whose stream holds no worker; since the
+        bouncer was made ``broadcasts``, the events that have reached it, ``dropped`` and
+        ``refused``.
         """
         with self._lock:
             self._sweep()
@@ -2104,7 +2106,8 @@ def sse_response(
     subscription's stream opens with a comment or its ``retry``, and has heartbeats.
 
     When the response ends, however it does, ``source.close()`` is called where there is one: in a
-    generator that has started, ``finally`` runs.
+    generator that has started, ``finally`` runs. To the server a detached stream's response ends
+    at once, and so it is then that functions given to ``response.call_on_close`` run.
 
     When a stream ends, a browser reconnects. To end it for good, send a last event at which the
     page calls ``close()`` on its EventSource, or answer the reconnect with status 204.
