@@ -492,7 +492,7 @@ class RedisRelay:
             return not found or self._was_never_trimmed(), found
         found = self._found("XRANGE", start, "+", _AT_ONCE + 1)
         if start.startswith("("):
-            return True, found
+            return bool(found) or not self._is_another(start[1:]), found
         whole = bool(found) and _decoded(found[0][0]) == start
         return whole, found[1:] if whole else found
 
@@ -513,7 +513,7 @@ class RedisRelay:
         if not self._client.exists(self.key):
             return True
         newest = _parse_id(_decoded(self._info()["last-generated-id"]))
-        return (newest or (0, 0)) < (_parse_id(after) or (0, 0))
+        return (newest or _NO_ID) < (_parse_id(after) or _NO_ID)
 
     def _newest_known(self) -> str:
         """Return the newest entry of the stream that has been read already; "0-0" if none has."""
@@ -1144,17 +1144,17 @@ class EventBouncer:
         """See to it that the relay is read, and the history filled before anyone is answered."""
         if self.relay is None:
             return
-        starting = None
         with self._lock:
-            if self._reader is None:
-                self._reader = starting = _Reader(self.relay, self)
-        if starting is not None:
+            reader = self._reader
+            if is_new := reader is None:
+                reader = self._reader = _Reader(self.relay, self)
+        if is_new:
             try:
-                starting.start()
+                reader.start()
             except RuntimeError:  # no thread to be had; the next one tries again
                 self._reader = None
                 raise
-        self._reader.wait()
+        reader.wait()
 
     def _close(self, names: tuple[str, ...]) -> None:
         with self._lock:

@@ -4507,7 +4507,7 @@ def test_relay_contract_close_of_a_channel_ends_its_streams_everywhere(
     bob = two.subscribe("bob")
     one.broadcast("before", channel="ada")
     one.close("ada", "nobody")
-    assert [["before"]] * 2 == [datas(tab) for tab in tabs]
+    assert [["before"]] * 2 == [Task(datas, tab).result() for tab in tabs]
     two.broadcast("still here")
     assert ["still here"] == next_datas(bob, 1)
     start = one.last_event_id
@@ -4917,6 +4917,22 @@ def test_relay_redis_tells_once_that_all_was_trimmed(
     assert ["b", "c"] == next_datas(subscription, 2)
     resumed = bouncer.subscribe(last_event_id=gap.id)
     assert ["b", "c"] == held(resumed)
+
+
+def test_relay_redis_trimmed_and_then_begun_anew_with_lower_ids(
+    shared_redis: Redis, key: str, bouncers: Bouncers
+) -> None:
+    client = shared_redis.client()
+    bouncer = bouncers(shared_redis.relay(key, socket_timeout=0.2))
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("a")
+    next_events(subscription, 1)
+    for command in (["XTRIM", key, "MAXLEN", "0"], ["DEL", key]):
+        client.execute_command(*command)
+        (gap,) = next_events(subscription, 1)
+        assert ("gap", "") == (gap.type, gap.data)
+    client.xadd(key, {"frame": "data: b\n\n", "once": "b"}, id="1000-1")
+    assert ["b"] == next_datas(subscription, 1)
 
 
 def test_relay_redis_that_was_trimmed_before_anything_was_read(
