@@ -25,8 +25,9 @@ any banner and has a whole:
     5. RESPONSE     a stream as a Flask response: ``sse_response``
 
 Everything public may be called from any thread or greenlet, in or out of a request, from a signal
-handler or a finaliser. Times are in seconds, except ``retry``, which bears the name of a field on
-the wire and so has its unit, milliseconds. "The standard" is the WHATWG's HTML, section 9.2:
+handler or a finaliser; what goes to a relay, as far as that may be. Times are in seconds, except
+``retry``, which bears the name of a field on the wire and so has its unit, milliseconds. "The
+standard" is the WHATWG's HTML, section 9.2:
 https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
@@ -537,7 +538,8 @@ class RedisRelay:
     def _longest_wait(self) -> float:
         """Return seconds that the client waits for an answer before it takes Redis for gone."""
         pool = getattr(self._client, "connection_pool", None)
-        options = getattr(pool, "connection_kwargs", {})
+        cluster = getattr(self._client, "nodes_manager", None)
+        options = getattr(pool or cluster, "connection_kwargs", {})
         return (options.get("socket_timeout") or math.inf) / 2
 
     def _entries(self, found: Iterable[tuple[Any, dict[Any, Any]]]) -> list[_Entry]:
@@ -1508,7 +1510,6 @@ _TICK = 0.25
 _GLANCE = 0.001
 # Seconds without a new command after which the hub no longer waits for one: see _gather().
 _LULL = 0.0005
-
 
 _Bytes = bytes | memoryview  # a view of what is left of a frame, as others wait for it too
 

@@ -5309,7 +5309,8 @@ def test_relay_redis_away_when_the_process_starts(bouncers: Bouncers) -> None:
 
 
 def test_relay_redis_cluster(bouncers: Bouncers) -> None:
-    """redis.RedisCluster does as well as redis.Redis."""
+    """redis.RedisCluster does as well as redis.Redis, also with a short timeout of its own: it does
+    not look for another cluster each time that nothing has come."""
     with held_port() as bus, redis_server(
         "--cluster-enabled", "yes", "--cluster-port", str(bus)
     ) as redis:
@@ -5320,7 +5321,8 @@ def test_relay_redis_cluster(bouncers: Bouncers) -> None:
         wait_until(
             lambda: node.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the cluster"
         )
-        clients: list[Any] = [RedisCluster(host="127.0.0.1", port=redis.port) for _ in range(2)]
+        options: dict[str, Any] = {"host": "127.0.0.1", "port": redis.port, "socket_timeout": 0.5}
+        clients: list[Any] = [RedisCluster(**options) for _ in range(2)]
         one, two = (bouncers(RedisRelay(client)) for client in clients)
         start = one.last_event_id
         subscription = two.subscribe("x")
@@ -5329,6 +5331,14 @@ def test_relay_redis_cluster(bouncers: Bouncers) -> None:
         one.broadcast("b")
         assert ["a", "b"] == next_datas(subscription, 2)
         assert ["a", "b"] == next_datas(one.subscribe("x", last_event_id=start), 2)
+
+        def times_asked() -> list[Any]:
+            stats = node.info("commandstats")
+            return [stats[name]["calls"] for name in stats if name.startswith("cmdstat_cluster|")]
+
+        before = times_asked()
+        wait_for_idle_reader(redis)
+        assert before == times_asked()
         bouncers.close()
         for client in clients:
             client.close()
