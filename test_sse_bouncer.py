@@ -1256,6 +1256,26 @@ def test_fan_out_a_burst_drops_nobody_who_keeps_up() -> None:
     assert 0 == bouncer.stats()["dropped"]
 
 
+def test_fan_out_a_reader_that_never_catches_up_is_dropped_in_the_end() -> None:
+    """One that makes room each time, but no more than that, would slow publishers down for ever."""
+    bouncer = EventBouncer(maxsize=2)
+    subscription = bouncer.subscribe()
+
+    def read() -> None:
+        with contextlib.suppress(Subscription.Ended):
+            while True:
+                wait_until(lambda: subscription.full() or not bouncer.subscribers, "it is full")
+                subscription.get()
+
+    def publish() -> None:
+        while not bouncer.stats()["dropped"]:
+            bouncer.broadcast("x")
+
+    reader = Task(read)
+    Task(publish).result()
+    reader.result()
+
+
 def test_fan_out_racing_publishers_and_subscribers() -> None:
     """Tens of threads lose nothing, repeat nothing, and all subscribers see one order.
 
@@ -1355,9 +1375,10 @@ def parked_reader(subscription: Subscription) -> Task[list[str]]:
     return reader
 
 
-def test_fan_out_broadcast_wakes_a_reader() -> None:
+@pytest.mark.parametrize("timeout", [None, 1e12, math.inf])
+def test_fan_out_broadcast_wakes_a_reader(timeout: float | None) -> None:
     bouncer = EventBouncer()
-    reader = Task(bouncer.subscribe().get)
+    reader = Task(bouncer.subscribe().get, timeout=timeout)
     reader.wait_until_parked()
     bouncer.broadcast("hi")
     assert "data: hi\n\n" == reader.result()
@@ -4662,6 +4683,14 @@ def test_relay_contract_a_client_may_know_more_than_the_process(
             fast.broadcast("e")
             assert "e" == client.event().data
     assert [*"abcde"] == next_datas(ahead, 5)
+
+
+def test_relay_contract_clocks_may_differ(bouncers: Bouncers) -> None:
+    """The relay's is behind: an id of an event that is still to come here is no unknown one."""
+    early = time.time_ns() // 1_000_000 - 10_000
+    relay = SharedMemory()
+    relay.entries.append((f"{early}-0", None, "data: a\n\n"))
+    assert not bouncers(relay).subscribe(last_event_id=f"{early}-5").gap
 
 
 @pytest.mark.parametrize("end", [EventBouncer.close, None], ids=["closed", "forgotten"])
