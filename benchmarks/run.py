@@ -1,7 +1,7 @@
 """Compare sse_bouncer with what else a Flask developer might take; see README.md beside this file.
 
     .venv/bin/python benchmarks/run.py            # everything, about half an hour
-    .venv/bin/python benchmarks/run.py --quick    # about a minute: does it work here?
+    .venv/bin/python benchmarks/run.py --quick    # a minute or two: does it work here?
     .venv/bin/python benchmarks/run.py --soak 10  # ten thousand subscribers for ten minutes
 """
 
