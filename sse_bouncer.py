@@ -456,13 +456,13 @@ class RedisRelay:
 
     def recent(self, count: int) -> tuple[str, list[_Entry]]:
         """Return the newest entries, and the id after which they are all. See `Relay`."""
-        found = self._found("XREVRANGE", "+", "-", count + 1)[::-1]
-        if len(found) > count:
-            return _decoded(found[0][0]), self._entries(found[1:])
-        first = _parse_id(_decoded(found[0][0])) if found else None
+        entries = self._entries(self._found("XREVRANGE", "+", "-", count + 1)[::-1])
+        if len(entries) > count:
+            return entries[0][0], entries[1:]
+        first = _parse_id(entries[0][0]) if entries else None
         if first is None or self._was_never_trimmed():
-            return "0-0", self._entries(found)
-        return _id_text(_before(first)), self._entries(found)
+            return "0-0", entries
+        return _id_text(_before(first)), entries
 
     def read(self, after: str, timeout: float) -> tuple[bool, list[_Entry]]:
         """Wait for entries. See `Relay`."""
@@ -486,7 +486,8 @@ class RedisRelay:
         """Return what comes after an id, and whether none of that is missing.
 
         Trimming begins at the oldest: as long as the entry that was read last is there, so are all
-        after it. Where it is known to be gone, "(" before its id means not to look for it.
+        after it; that very entry, as one of a stream begun anew may have its id. Where it is known
+        to be gone, "(" before its id means not to look for it.
         """
         if start == "0-0":
             found = self._found("XRANGE", "-", "+", _AT_ONCE)
@@ -494,7 +495,7 @@ class RedisRelay:
         found = self._found("XRANGE", start, "+", _AT_ONCE + 1)
         if start.startswith("("):
             return bool(found) or not self._is_another(start[1:]), found
-        whole = bool(found) and _decoded(found[0][0]) == start
+        whole = bool(found) and _decoded(found[0][0]) == start and self._is_known(found[0])
         return whole, found[1:] if whole else found
 
     def _wait(self, start: str, timeout: float) -> None:
@@ -518,10 +519,11 @@ class RedisRelay:
 
     def _newest_known(self) -> str:
         """Return the newest entry of the stream that has been read already; "0-0" if none has."""
-        for id, fields in self._found("XREVRANGE", "+", "-", _AT_ONCE):
-            if self._once.get(_token(id, fields)) == _decoded(id):
-                return _decoded(id)
-        return "0-0"
+        newest_first = self._found("XREVRANGE", "+", "-", _AT_ONCE)
+        return next((_decoded(entry[0]) for entry in newest_first if self._is_known(entry)), "0-0")
+
+    def _is_known(self, entry: tuple[Any, dict[Any, Any]]) -> bool:
+        return _token(*entry) in self._once
 
     def _info(self) -> dict[str, Any]:
         # It holds entries too: see _found().
@@ -619,13 +621,13 @@ class _History:
     def begin(self, after: _Id, events: Iterable[_Event] = ()) -> None:
         """Forget what there was, and begin with these."""
         self._events.clear()
-        self._hole = False  # events are missing between ``newest`` and the next to come
+        self.hole = False  # whether events are missing between ``newest`` and the next to come
         self.floor = self.newest = after
         for event in events:
             self.keep(event)
 
     def keep(self, event: _Event) -> None:
-        if self._hole or event.id <= self.newest:
+        if self.hole or event.id <= self.newest:
             self.lose(event.id)  # a relay that has begun anew may have a clock that is behind
         if len(self._events) == self._events.maxlen:
             oldest = self._events[0].id if self._events else event.id
@@ -634,14 +636,9 @@ class _History:
         self.newest = event.id
 
     def lose(self, first: _Id | None) -> None:
-        """Take note that events are missing before the ``first``; None is the next to come."""
-        self._hole = first is None
-        if first is None:
-            self.floor = self.newest = (self.newest[0], self.newest[1] + 1)
-        elif first > self.newest:
-            self.floor = self.newest = _before(first)
-        else:
-            self.begin(_before(first))
+        """Begin anew with the ``first`` event after some that are missing; None is the next."""
+        self.begin(self.newest if first is None else _before(first))
+        self.hole = first is None
 
     def next_id(self) -> _Id:
         # Also when the clock is stepped back: then on from the newest.
@@ -651,7 +648,7 @@ class _History:
         """Return whether nothing is missing of what came after an id."""
         if self.floor == _NO_ID < id and self._events and id < self._events[0].id:
             return False  # the relay's stream is whole, but this id is of another: one deleted
-        return self.floor <= id <= self.newest
+        return self.floor <= id <= self.newest and not self.hole
 
     def after(self, id: _Id) -> list[_Event]:
         """Return what is kept of what came after an id; all, if it is of nothing known here."""
@@ -1269,7 +1266,7 @@ class EventBouncer:
         else:
             if not history.is_whole_after(last):
                 subscription.gap = True
-                subscription._since = history.floor
+                subscription._since = None if history.hole else history.floor
             for _, channel, frame in history.after(last):
                 if channel is None or channel in subscription.channels:
                     subscription._frames.append(frame)
@@ -1280,7 +1277,7 @@ class EventBouncer:
 
         The client has it from a process that was faster to read the relay.
         """
-        if self.relay is None:
+        if self.relay is None or self._history.hole:
             return False
         # Of a relay that is empty nobody can have read anything before this process began.
         earliest = self._born - (_SKEW if self._history.newest != _NO_ID else 0)
@@ -1300,8 +1297,13 @@ class EventBouncer:
         self._deliver(_Event(id, channel, frame))
 
     def _send_gap(self, first: _Id | None) -> None:
+        ahead = first is not None and first > self._history.newest
         self._history.lose(first)
-        self._fan_out(_Event(_NO_ID, None, _numbered(_GAP, _id_text(self._history.floor))))
+        begin = self._history.floor
+        # Who has seen more than what is missing has missed nothing, and its id is not to go back.
+        id = begin if ahead else _NO_ID
+        frame = _GAP if first is None else _numbered(_GAP, _id_text(begin))
+        self._fan_out(_Event(id, None, frame))
 
     def _deliver(self, event: _Event) -> None:
         if event.id != _NO_ID:
@@ -2308,7 +2310,7 @@ def _opening(subscription: Subscription) -> bytes:
     retry = subscription._bouncer.retry
     opening = _HEARTBEAT if retry is None else f"retry: {random.randint(*retry)}\n".encode()
     if subscription._since is None:
-        return opening
+        return opening + _GAP._wire if subscription.gap else opening
     since = _id_text(subscription._since)
     if subscription.gap:
         return opening + _numbered(_GAP, since)._wire
