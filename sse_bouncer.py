@@ -480,6 +480,8 @@ class RedisRelay:
             else:
                 start = f"({after}"
             self._instead = {after: start}
+        if found:  # on from there; an entry of a stream begun anew may yet get that very id
+            self._instead = {}
         return whole, self._entries(found)
 
     def _beyond(self, start: str) -> tuple[bool, list[Any]]:
@@ -1263,6 +1265,7 @@ class EventBouncer:
             subscription._since = None if self._relay_is_away() else history.newest
         elif last > history.newest and self._may_be_ahead(last):
             subscription._seen = last
+            subscription.gap = history.hole  # it may be an id of what is missing here
         else:
             if not history.is_whole_after(last):
                 subscription.gap = True
@@ -1277,7 +1280,7 @@ class EventBouncer:
 
         The client has it from a process that was faster to read the relay.
         """
-        if self.relay is None or self._history.hole:
+        if self.relay is None:
             return False
         # Of a relay that is empty nobody can have read anything before this process began.
         earliest = self._born - (_SKEW if self._history.newest != _NO_ID else 0)
