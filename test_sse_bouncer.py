@@ -3006,6 +3006,7 @@ def test_hub_child_holds_no_connection_of_its_parent(
 
 GENERATIONS = """
 import os, sse_bouncer
+bouncer = sse_bouncer.EventBouncer()
 for generation in range(5):
     sse_bouncer._hub()
     print(len(os.listdir("/proc/self/fd")), flush=True)
