@@ -3121,6 +3121,35 @@ def test_hub_hands_over_nobody_in_the_middle_of_a_broadcast(
         assert [Event("held")] == client.wait_end()
 
 
+HAND_OVER = EventBouncer._hand_over.__code__
+
+
+@pytest.mark.parametrize("line", sorted({n for *_, n in HAND_OVER.co_lines() if n})[1:])
+def test_hub_close_in_the_middle_of_a_hand_over(line: int) -> None:
+    """As a signal handler may: whichever line it comes before, the stream ends."""
+    bouncer = EventBouncer(heartbeat=None)
+    closed: list[bool] = []
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        if frame.f_code is HAND_OVER and event == "line" and frame.f_lineno == line and not closed:
+            closed.append(True)
+            bouncer.close("x")
+        return trace
+
+    def view() -> Any:
+        sys.settrace(trace)  # of this request's thread
+        return bouncer.stream("x")
+
+    with serve_here(app_of(view)) as port, contextlib.closing(Client(port, "/")) as client:
+        client.wait_opening()
+        wait_until(lambda: closed or bouncer.stats()["detached"], "it is handed over")
+        bouncer.broadcast("x")
+        if not closed:  # a line that is for those who were closed alone
+            bouncer.close("x")
+        assert {Event("x")} >= set(client.wait_end())
+        assert not bouncer.subscribers
+
+
 def test_hub_keeps_one_copy_of_a_big_event(hub: Server) -> None:
     """However many clients have yet to take the rest of it."""
     bouncer, size = quiet(hub), 8 * 2**20
