@@ -385,8 +385,8 @@ class Relay(Protocol):
     An entry is a tuple of id, channel (None is to all) and frame, all text. Without a frame (None)
     it ends the streams of its channel, and without either it means nothing. Ids have the form
     ``<milliseconds>-<sequence>``, and increase. Each method may raise whatever it likes: from
-    `publish` it goes to the caller of `EventBouncer.broadcast`; around the others there is a
-    thread, one per process, that logs it and tries again.
+    `publish` it goes to the caller of `EventBouncer.broadcast` or `EventBouncer.close`; around the
+    others there is a thread, one per process, that logs it and tries again.
     """
 
     def publish(self, channel: str | None, frame: str | None) -> object:
@@ -416,8 +416,8 @@ class RedisRelay:
 
     When Redis goes away, streams stay open with their heartbeats and `EventBouncer.broadcast`
     raises the client's own error; how soon is for the client's timeouts and retries to say. When
-    it is back, all that it kept is delivered once, in order. Where it has lost something (its
-    stream was trimmed or deleted in the meantime), every stream gets an event named ``gap``.
+    it is back, all that it kept is delivered once, in order. Where it may have lost something (its
+    stream was trimmed or deleted, or is an older copy), every stream gets an event named ``gap``.
 
     :param client: A ``redis.Redis`` or ``redis.RedisCluster``, or one with the same methods. With
         or without ``decode_responses``.
