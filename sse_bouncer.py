@@ -357,7 +357,7 @@ _GAP = format_sse("", "gap")
 _AT_ONCE = 1_000
 
 _Id = tuple[int, int]  # of an event: milliseconds, and a sequence number within them
-_NO_ID: _Id = (0, 0)  # before all others
+_NO_ID: _Id = (0, 0)  # before all others; also that of an event which has none
 # A header is any stranger's text, and int() alone reads much more than this: "１", and "1_0".
 _ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})", re.ASCII)
 
@@ -1300,11 +1300,12 @@ class EventBouncer:
         self._deliver(_Event(id, channel, frame))
 
     def _send_gap(self, first: _Id | None) -> None:
-        ahead = first is not None and first > self._history.newest
+        goes_on = first is not None and first > self._history.newest
         self._history.lose(first)
         begin = self._history.floor
-        # Who has seen more than what is missing has missed nothing, and its id is not to go back.
-        id = begin if ahead else _NO_ID
+        # Who has seen more than what is missing has missed nothing, and its id is not to go back;
+        # but where ids begin anew, or nothing has followed yet, nobody can say that of anyone.
+        id = begin if goes_on else _NO_ID
         frame = _GAP if first is None else _numbered(_GAP, _id_text(begin))
         self._fan_out(_Event(id, None, frame))
 
