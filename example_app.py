@@ -1,26 +1,24 @@
-"""A room where everybody hears everybody: sse_bouncer in one small Flask app.
+"""A room where everybody hears everybody: sse_bouncer in one small Flask app, page included.
 
-Start it with ``python example_app.py`` and open http://127.0.0.1:5000/, or try these two:
+Run ``python example_app.py``, open http://127.0.0.1:5000/ in two windows, and use a terminal too:
 
     curl -N http://127.0.0.1:5000/subscribe
-    curl -X POST http://127.0.0.1:5000/publish -d "Hey!"
+    curl -d Hey http://127.0.0.1:5000/publish
 
 ``flask --app example_app run`` and ``gunicorn example_app:app`` serve it as well. With the address
-of a Redis in the environment, ``REDIS_URL=redis://localhost``, any number of them share one feed.
+of a Redis in the environment, ``REDIS_URL=redis://localhost``, several processes share one feed.
 """
-
-from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, request
 
 from sse_bouncer import EventBouncer, RedisRelay, format_sse, sse_response
 
 app = Flask(__name__)
-app.config["MAX_CONTENT_LENGTH"] = 16 * 1024  # bytes; what one sends, everybody gets
+app.config["MAX_CONTENT_LENGTH"] = 16 * 1024  # bytes; every subscriber gets what one sends
 relay = None
 if url := os.environ.get("REDIS_URL"):
     import redis
@@ -31,49 +29,49 @@ bouncer = EventBouncer(history=100, relay=relay)
 
 @app.get("/")
 def page() -> str:
-    """Show it all in a browser."""
     return PAGE
 
 
 @app.get("/subscribe")
 def subscribe() -> Response:
-    """Stream what is published from now on."""
-    return bouncer.stream()
+    """Stream the messages that are kept, then new ones. A browser that reconnects goes on."""
+    return bouncer.stream(last_event_id="earliest")
 
 
-# Whoever can reach this route can publish, and so can any web page open in their browser, since a
-# plain POST crosses origins unasked. A real app asks for a login here, and checks a CSRF token.
+# Anyone can publish here, and so can any web page open in their browser, because a plain POST may
+# cross origins. A real app asks for a login here and checks a CSRF token.
 @app.post("/publish")
 def publish() -> tuple[str | dict[str, str], int]:
     """Send the request's body to every subscriber, ``?event=NAME`` as an event of that name."""
-    # A body that comes in chunks has no length: Flask would cut it at the limit without a word.
-    if not request.content_length:
-        return {"error": "expected a message as the request's body, with its Content-Length"}, 400
+    event = request.args.get("event", "")
+    # Flask would cut a body without a length off at the limit. A "gap" would reload all feeds.
+    if not request.content_length or event not in ("", "chat", "cheer"):
+        return {"error": "expected a body with a length, and event chat, cheer or none"}, 400
     try:
-        bouncer.broadcast(request.get_data(), request.args.get("event"))
-    except ValueError as error:  # a body that is not UTF-8, a name with a line end in it
+        bouncer.broadcast(request.get_data(), event)
+    except ValueError as error:  # the body is not UTF-8
         return {"error": str(error)}, 400
     return "", 204
 
 
 @app.get("/progress")
 def progress() -> Response:
-    """Stream the result of a generator: one event for each step of some work."""
+    """Stream what a generator yields. Unlike the feed, this holds a worker until it ends."""
     return sse_response(stamp_tickets(40))
 
 
 def stamp_tickets(total: int) -> Iterator[object]:
-    for stamped in range(total):
+    for stamped in range(total + 1):
         yield {"stamped": stamped, "total": total}
         time.sleep(0.1)  # the work
-    # A browser connects again when a stream ends, so tell it in an event of its own to close.
-    yield format_sse({"stamped": total, "total": total}, event="done")
+    # A browser reconnects when a stream ends, so the last event tells the page to close it.
+    yield format_sse("All stamped.", event="done")
 
 
 @app.get("/stats")
-def stats() -> Response:
-    """Count the subscribers, and more, as JSON."""
-    return jsonify(bouncer.stats())
+def stats() -> dict[str, int]:
+    """Count the subscribers of this process, and more."""
+    return bouncer.stats()
 
 
 PAGE = """\
@@ -81,276 +79,169 @@ PAGE = """\
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>sse_bouncer</title>
-<link rel="icon" href="data:image/svg+xml,
-  <svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>
-  <path fill='%23f2b63c' d='M0 3h16v3a2 2 0 0 0 0 4v3H0v-3a2 2 0 0 0 0-4z'/></svg>">
+<title>sse_bouncer</title> <link rel="icon" href="data:,">
 <style>
-  :root {
-    --wall: #f7ece5; --ink: #2b1619; --soft: #71504f; --rule: #cfb3a7; --velvet: #94193a;
-    --ticket: #f2b63c; --print: #2b1619; --line: #2b16198c;
-    --slab: Rockwell, "Rockwell Nova", "Roboto Slab", "DejaVu Serif", "Sitka Small", serif;
-    --sans: Seravek, "Gill Sans Nova", Ubuntu, Calibri, "DejaVu Sans", source-sans-pro, sans-serif;
-    --mono: ui-monospace, "Cascadia Code", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  }
-  @media (prefers-color-scheme: dark) {
-    :root {
-      --wall: #1c1114; --ink: #f6e7dc; --soft: #bea29a; --rule: #573c40; --velvet: #ff98a6;
-      --ticket: #eeb038;
-    }
-  }
-  * { box-sizing: border-box; margin: 0; }
-  body {
-    background: var(--wall); color: var(--ink); font: 1.0625rem/1.5 var(--sans);
-    max-width: 76rem; margin: auto; padding: 1.5rem clamp(1rem, 4vw, 3rem);
-  }
-  h1, h2, button { font-family: var(--slab); font-weight: bold; line-height: 1.15; }
-  h1 { font-size: 2.5rem; letter-spacing: -.03em; }
-  h2 { font-size: 1.0625rem; }
-  code { font: .875rem/1.6 var(--mono); }
-  button, input { color: inherit; background: none; border: 0; border-radius: 0; }
-  button { font-size: 1rem; cursor: pointer; }
-  :focus-visible { outline: 3px solid var(--velvet); outline-offset: 3px; }
-  main:focus-visible { outline-offset: -3px; }
-  .row { display: flex; align-items: center; justify-content: space-between; gap: 1rem; }
-  .soft { color: var(--soft); }
+  :root { color-scheme: light dark; scroll-padding-top: 6rem;  /* for the header */
+    --wall: light-dark(#f7ece5, #1c1114); --ink: light-dark(#2b1619, #f6e7dc);
+    --soft: light-dark(#71504f, #bea29a); --rule: light-dark(#cfb3a7, #573c40);
+    --velvet: light-dark(#94193a, #ff98a6); --ticket: #f2b63c; --print: #2b1619 }
+  * { box-sizing: border-box; margin: 0 }
+  body { background: var(--wall); color: var(--ink); max-width: 76rem; margin: auto;
+    padding: 0 clamp(1rem, 4vw, 3rem) 3rem; overflow-wrap: anywhere;
+    font: 1.0625rem/1.5 Seravek, "Gill Sans Nova", Ubuntu, Calibri, "DejaVu Sans", sans-serif }
+  h1, h2, button, #count { font: bold 1.0625rem/1.2 Rockwell, "Roboto Slab", "DejaVu Serif", serif }
+  h1 { font-size: clamp(1.5rem, 4vw, 2.5rem); letter-spacing: -.03em }
+  code { display: block; font: .875rem/1.6 ui-monospace, Consolas, monospace; user-select: all }
+  button, input { color: inherit; background: none; border: 0; border-radius: 0 }
+  .row { display: flex; align-items: center; justify-content: space-between; gap: .75rem }
+  .row button { border: 2px solid var(--velvet); min-width: 5rem; padding: .5rem }
+  .soft { color: var(--soft) }
 
-  .now { align-items: baseline; margin: 1.25rem 0; }
-  #count { font: bold 1.5rem/1 var(--slab); margin-right: .25rem; }
-  #state { font-weight: bold; }
-  #state::before {
-    content: ""; display: inline-block; width: 1rem; height: 1rem; margin-right: .5rem;
-    border: 2px solid; border-radius: 50%; vertical-align: -.125rem;
-  }
-  #state[data-is=live]::before { background: var(--ticket); }
-  #state[data-is=lost] { color: var(--velvet); }
+  header { position: sticky; top: 0; z-index: 1; background: var(--wall) }
+  header, main { display: grid; gap: 0 4rem }
+  header, article { border-bottom: 2px dashed var(--rule); padding: .75rem 0 }
+  section, details { border-top: 2px dashed var(--rule); padding: .75rem 0; margin-top: .75rem }
+  #count, form button { font-size: 1.5rem }
+  #state::before { content: ""; display: inline-block; width: 1rem; height: 1rem;
+    margin-right: .5rem; border: 2px solid; border-radius: 50%; vertical-align: -.125rem }
+  #state[data-is=live]::before { background: var(--ticket) }
+  #state[data-is=lost], #problem, .row button, b:has(+ p:empty) { color: var(--velvet) }
 
-  .ticket { display: grid; grid-template-columns: 1fr 5rem; color: var(--print); }
-  .ticket > * {
-    background: var(--ticket); padding: 1.25rem 1.5rem;
-    mask: radial-gradient(circle .55rem at var(--seam) 0, #0000 96%, #000),
-      radial-gradient(circle .55rem at var(--seam) 100%, #0000 96%, #000),
-      radial-gradient(circle .25rem at var(--edge) 50%, #0000 92%, #000) 0 0 / 100% .85rem round;
-    mask-composite: intersect;
-  }
-  .ticket > div { --seam: 100%; --edge: 0; border-right: 2px dashed var(--line); }
-  .ticket > button { --seam: 0; --edge: 100%; padding: 0; font-size: 1.5rem; }
-  .ticket button span { writing-mode: vertical-rl; letter-spacing: .08em; }
-  .ticket button:focus-visible { outline-color: var(--print); outline-offset: -.75rem; }
-  .ticket p { font: bold .875rem var(--slab); }
-  .ticket label { display: block; font-size: .875rem; margin-top: .75rem; }
-  .ticket input {
-    font: inherit; width: 100%; padding: .3rem 0; border-bottom: 2px solid var(--line);
-  }
-  .ticket input:focus { outline: 0; border-color: var(--print); box-shadow: 0 2px var(--print); }
-
-  #problem { color: var(--velvet); padding: .625rem 0; }
-  .row button { border: 2px solid; min-width: 6rem; padding: .6rem; color: var(--velvet); }
-  .row button:hover { background: var(--velvet); border-color: var(--velvet); color: var(--wall); }
-  section { border-top: 2px dashed var(--rule); padding: 1.25rem 0; }
-  progress {
-    appearance: none; display: block; width: 100%; height: 1.75rem; margin: 1rem 0 .25rem;
-    border: 0; background: var(--rule); color: var(--velvet);
-    mask: linear-gradient(90deg, #000 calc(100% - 2px), #0000 0) 0 0 / calc((100% + 2px) / 40);
-  }
-  ::-webkit-progress-bar { background: var(--rule); }
-  ::-webkit-progress-value { background: var(--velvet); }
-  ::-moz-progress-bar { background: var(--velvet); }
-
-  main {
-    margin: 1.25rem -.5rem 0; padding: 0 .5rem 3rem; max-height: 65vh; overflow: auto;
-    scrollbar-color: var(--rule) #0000;
-    mask: linear-gradient(#000 calc(100% - 3rem), #0000);
-  }
-  article { padding: .9rem 0; border-top: 2px dashed var(--rule); overflow-wrap: anywhere; }
-  article b { display: block; }
-  article p { white-space: pre-wrap; }
-  article code { display: block; margin-top: .25rem; user-select: all; }
-  article time {
-    float: right; margin-left: 1rem; color: var(--soft); font: .8125rem/1.8 var(--mono);
-  }
-  .cheer p { color: var(--velvet); font: italic bold 1.25rem/1.5 var(--slab); }
-  #feed:not(:empty) + #empty { display: none; }
-  #empty h2 { font-size: 1.75rem; line-height: 2.75rem; }
-  #empty > p { margin-bottom: 1.25rem; }
-
+  main { row-gap: 1.5rem; padding-top: 1.25rem }
   @media (min-width: 56rem) {
-    body {
-      display: grid; grid: "door feed" auto "work feed" 1fr / 25rem 1fr; gap: 1.25rem 4rem;
-      min-height: 100vh; padding-block: 0;
-    }
-    header { padding-top: 4rem; }
-    section { grid-area: work; }
-    main {
-      grid-area: feed; position: sticky; top: 0; height: 100vh; max-height: none;
-      margin-top: 0; padding-block: 4rem;
-    }
-    #feed article:first-child { border: 0; padding-top: .5rem; }
+    header, main { grid-template-columns: 25rem minmax(0, 1fr) }
+    main > :first-child { align-self: start; position: sticky; top: min(5.75rem, 100vh - 38rem) }
   }
-  @media (prefers-reduced-motion: no-preference) {
-    .ticket > button { transition: transform .15s; transform-origin: 0 100%; }
-    .ticket > button:hover { transform: rotate(2deg); }
-    .ticket > button:active { transform: rotate(5deg) translateX(3px); }
-    #feed article { animation: arrive .4s ease-out; }
-    @keyframes arrive { from { opacity: 0; transform: translateY(-.75rem); } }
-  }
+  form { display: grid; grid-template-columns: 1fr 4.5rem; margin: .75rem 0; color: var(--print);
+    background: var(--ticket); mask-size: 100% .85rem; mask-composite: intersect;
+    mask-image: radial-gradient(circle .25rem at 0, #0000 92%, #000),
+      radial-gradient(circle .25rem at 100%, #0000 92%, #000) }
+  form label { grid-column: 1; margin: 1rem 1.5rem }
+  form input { font: inherit; width: 100%; padding: .25rem; border-bottom: 2px solid #0009 }
+  form button { grid-area: 1 / 2 / 3; border-left: 2px dashed #0009; writing-mode: vertical-rl }
+  form :focus-visible { outline: 3px solid var(--print); outline-offset: -3px }
+  progress { appearance: none; width: 100%; height: 1.5rem; margin-top: .75rem; border: 0;
+    mask: linear-gradient(90deg, #000 calc(100% - 2px), #0000 0) 0 0 / calc((100% + 2px) / 40) }
+  progress, ::-webkit-progress-bar { background: var(--rule) }
+  ::-webkit-progress-value { background: var(--velvet) }
+  ::-moz-progress-bar { background: var(--velvet) }
+  article p { white-space: pre-wrap }
+  #feed:not(:empty) + p { display: none }
+  @media (hover: hover) { .row button:hover { background: var(--velvet); color: var(--wall) } }
 </style>
 
 <header>
   <h1>sse_bouncer</h1>
-  <p class="soft">One says it, the whole room hears it.</p>
-  <noscript>This page needs JavaScript.</noscript>
-  <div class="now row">
-    <span id="state" role="status">Connecting</span>
-    <span><b id="count">–</b> in the room</span>
-  </div>
-  <form id="form" class="ticket">
-    <div>
-      <p class="row"><span>Admit one</span> <span>No <span id="serial">–</span></span></p>
-      <label for="who">Your name</label>
-      <input id="who" maxlength="40" autocomplete="nickname">
-      <label for="text">Message</label>
-      <input id="text" maxlength="1000" autocomplete="off" required>
-    </div>
-    <button><span>Send</span></button>
-  </form>
-  <p id="problem" role="alert"></p>
-  <div class="row">
-    <p><b>Nothing to say?</b> <span class="soft">Send an event named <code>cheer</code>.</span></p>
-    <button id="cheer">Cheer</button>
-  </div>
+  <p class="row"><b id="state" role="status">Connecting</b>
+    <span><b id="count">–</b> in the room</span></p>
 </header>
-
-<main tabindex="0" aria-label="Messages">
-  <div id="feed" role="log"></div>
-  <div id="empty">
-    <h2>Quiet so far</h2>
-    <p>Fill in the ticket, or open a terminal.</p>
-    <article>
-      <b>Listen</b> <code>curl -N <span>subscribe</span></code>
-    </article>
-    <article>
-      <b>Speak</b> <code>curl -X POST <span>publish</span> -d "Hey!"</code>
-    </article>
-    <article>
-      <b>Cheer</b> <code>curl -X POST "<span>publish?event=cheer</span>" -d "Ada"</code>
-    </article>
+<main>
+  <div>
+    <p class="soft">One says it, the whole room hears it.</p>
+    <noscript>This page needs JavaScript.</noscript>
+    <form id="form">
+      <label>Your name <input id="who" maxlength="40" autocomplete="nickname"></label>
+      <label>Message <input id="text" maxlength="1000" autocomplete="off" required></label>
+      <button>Send</button>
+    </form>
+    <p id="problem" role="alert"></p>
+    <div class="row"><p>Nothing to say?</p> <button id="cheer">Cheer</button></div>
+    <section>
+      <div class="row"><h2 id="job">Stamp forty tickets</h2> <button id="work">Start</button></div>
+      <progress id="bar" value="0" max="1" aria-labelledby="job"></progress>
+      <p id="outcome" class="soft">A generator on the server, one event a step.</p>
+    </section>
+    <details><summary>From a terminal</summary>
+      <code>curl -N <span>subscribe</span></code>
+      <code>curl -d Hey <span>publish</span></code>
+      <code>curl -d Ada "<span>publish?event=cheer</span>"</code></details>
+  </div>
+  <div>
+    <h2>Messages</h2>
+    <div id="feed" role="log"></div>
+    <p class="soft">Quiet so far. Fill in the ticket, or use a terminal.</p>
+    <template id="entry"><article><b dir="auto"></b><p dir="auto"></p></article></template>
   </div>
 </main>
 
-<section>
-  <div class="row">
-    <h2><label for="bar">Stamp forty tickets</label></h2>
-    <button id="work">Start</button>
-  </div>
-  <progress id="bar" value="0" max="1"></progress>
-  <p class="soft"><span id="step">A generator on the server, one event a step.</span>
-    <output id="outcome"></output></p>
-</section>
-
 <script type="module">
   const at = (id) => document.getElementById(id);
-  const make = (tag, textContent) =>
-    Object.assign(document.createElement(tag), { textContent, dir: "auto" });
 
-  // The stream. Its URL is relative, as all are here, so that the app also works below a prefix.
+  // The URLs are relative, so that the app also works below a prefix.
   function connect() {
     const source = new EventSource("subscribe");
-    source.onopen = () => show("live");
+    // A new stream begins with all that is kept, so the feed starts anew. When the browser
+    // reconnects by itself, it is the same EventSource, and gets what it missed.
+    source.addEventListener("open", () => at("feed").replaceChildren(), { once: true });
+    source.onopen = () => show("live", "Live");
     source.onerror = () => {
-      if (source.readyState === EventSource.OPEN) return;  // someone sent an event named "error"
-      show("lost");
-      // The browser itself tries again, except after an error page, which a proxy may have sent.
+      show("lost", "Reconnecting");
+      // After an error page, perhaps from a proxy, the browser does not try again.
       if (source.readyState === EventSource.CLOSED) setTimeout(connect, 3000);
     };
-    source.onmessage = (event) => {
-      const { who, text } = read(event.data);
-      add(event.type, make("b", who), make("p", text));
-    };
-    source.addEventListener("cheer", (event) => {
-      add(event.type, make("p", `★ ${event.data} cheers`));
-    });
+    // Something that this page missed is no longer kept: load the feed again.
+    source.addEventListener("gap", () => { source.close(); connect(); });
+    source.addEventListener("chat", ({ data }) => add(JSON.parse(data)));
+    source.addEventListener("cheer", ({ data }) => add({ who: `★ ${data} cheers`, text: "" }));
+    source.onmessage = ({ data }) => add({ who: "Someone", text: data });
   }
 
-  function show(state) {
+  function show(state, text) {
     at("state").dataset.is = state;
-    at("state").textContent = state === "live" ? "Live" : "Lost, trying again";
-    refresh();
+    at("state").textContent = text;
+    if (state === "live") at("problem").textContent = "";
+    count();
   }
 
-  // The form sends JSON; from curl comes any text.
-  function read(data) {
-    try {
-      const { who, text } = JSON.parse(data);
-      if (typeof who === "string" && typeof text === "string") return { who, text };
-    } catch { /* not JSON */ }
-    return { who: "Someone", text: data };
+  async function count() {
+    const stats = await fetch("stats").then((reply) => reply.json()).catch(() => null);
+    at("count").textContent = stats ? stats.subscribers : "–";
   }
 
-  // What others wrote becomes textContent, never HTML.
-  function add(type, ...parts) {
-    const entry = make("article", "");
-    entry.className = type;
-    const time = new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-    entry.append(make("time", time), ...parts);
+  function add({ who, text }) {
+    const entry = at("entry").content.cloneNode(true);
+    entry.querySelector("b").textContent = who;  // never as HTML: others wrote it
+    entry.querySelector("p").textContent = text;
     at("feed").prepend(entry);
     if (at("feed").childElementCount > 200) at("feed").lastChild.remove();
   }
 
-  async function publish(path, body) {
-    const answer = await fetch(path, { method: "POST", body }).catch(() => null);
-    const said = answer ? `the server answered ${answer.status}` : "the server does not answer";
-    at("problem").textContent = answer?.ok ? "" : `Not sent: ${said}.`;
-    refresh();
-    return answer?.ok;
+  async function publish(event, body) {
+    const reply = await fetch(`publish?event=${event}`, { method: "POST", body }).catch(() => null);
+    const why = reply ? `the server answered ${reply.status}` : "the server does not answer";
+    at("problem").textContent = reply?.ok ? "" : `Not sent: ${why}.`;
+    return reply?.ok;
   }
-
   const me = () => at("who").value.trim() || "Someone";
+  at("cheer").onclick = () => publish("cheer", me());
   at("form").onsubmit = async (event) => {
     event.preventDefault();
-    const text = at("text").value;
+    const said = { who: me(), text: at("text").value };
     at("text").value = "";
-    at("text").focus();
-    if (!await publish("publish", JSON.stringify({ who: me(), text }))) at("text").value ||= text;
+    if (!await publish("chat", JSON.stringify(said))) at("text").value ||= said.text;
   };
-  at("cheer").onclick = () => publish("publish?event=cheer", me());
 
-  // Long work: a stream of its own. Left open at its end, the browser would ask for it again.
   let work = null;
   at("work").onclick = () => {
     if (work) return finish("Stopped.");
     work = new EventSource("progress");
-    at("work").textContent = "Stop";
-    at("outcome").textContent = "";
-    const step = (event) => {
-      const { stamped, total } = JSON.parse(event.data);
-      at("bar").max = total;
-      at("bar").value = stamped;
-      at("step").textContent = `${stamped} of ${total}.`;
+    work.onmessage = ({ data }) => {
+      const { stamped, total } = JSON.parse(data);
+      Object.assign(at("bar"), { max: total, value: stamped });
+      at("outcome").textContent = `${stamped} of ${total}.`;
     };
-    work.onmessage = step;
-    work.addEventListener("done", (event) => { step(event); finish("All stamped."); });
+    work.addEventListener("done", ({ data }) => finish(data));
     work.onerror = () => finish("Interrupted.");
+    at("work").textContent = "Stop";
   };
   function finish(outcome) {
-    work.close();
-    work = null;
+    work = work.close();  // or the browser asks for it again
     at("work").textContent = "Start";
     at("outcome").textContent = outcome;
   }
 
-  async function refresh() {
-    const stats = await fetch("stats", { signal: AbortSignal.timeout(2500) })
-      .then((answer) => answer.json()).catch(() => null);
-    at("count").textContent = stats ? stats.subscribers : "–";
-    at("serial").textContent = stats ? String(stats.broadcasts + 1).padStart(4, "0") : "–";
-  }
-  setInterval(() => document.hidden || refresh(), 3000);
-
-  for (const url of document.querySelectorAll("code span")) {
-    url.textContent = new URL(url.textContent, location);
-  }
+  setInterval(() => document.hidden || count(), 3000);
+  for (const url of document.querySelectorAll("code span")) url.prepend(new URL(".", location));
   connect();
 </script>
 """
