@@ -1,158 +1,111 @@
-"""The servers under test: how to start each, and how many subscribers it can have."""
-
-from __future__ import annotations
+"""The servers under test: how each is started, what its processes use, who else is busy."""
 
 import os
+import platform
 import random
-import shutil
+import resource
+import shlex
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 HERE = Path(__file__).resolve().parent
+PACKAGES = "flask gunicorn gevent flask-sse redis sse-starlette starlette uvicorn uvloop httptools"
 
-
-@dataclass(frozen=True)
-class Server:
-    name: str
-    app: str  # in apps.py
-    runner: str  # "uvicorn", or the worker class of gunicorn
-    ours: bool = False
-    redis: bool = False
-    threads: int = 0  # of gthread; 0 is one per subscriber
-
-    def limit(self, descriptors: int) -> tuple[int, str]:
-        """Return the most subscribers it can be asked to have, and why."""
-        if self.redis and shutil.which("redis-server") is None:
-            return 0, "redis-server is not installed"
-        if self.redis:
-            return descriptors // 2 - 200, (
-                f"it takes two descriptors per subscriber, of {descriptors:,}"
-            )
-        if self.runner == "gthread" and not self.threads:
-            return 5_000, "a thread for each: connecting more takes minutes"
-        return descriptors - 200, f"the limit of open files is {descriptors:,}"
-
-    def command(self, port: int, subscribers: int) -> list[str]:
-        where = ["--app-dir" if self.runner == "uvicorn" else "--chdir", str(HERE)]
-        if self.runner == "uvicorn":
-            return [
-                *(sys.executable, "-m", "uvicorn", "--factory", f"apps:{self.app}", *where),
-                *("--port", str(port), "--log-level", "warning", "--no-access-log"),
-            ]
-        command = [sys.executable, "-m", "gunicorn", f"apps:{self.app}()", *where]
-        command += ["--bind", f"127.0.0.1:{port}", "--worker-class", self.runner]
-        command += ["--log-level", "error", "--timeout", "120", "--graceful-timeout", "1"]
-        if self.runner == "gthread":
-            command += ["--threads", str(self.threads or subscribers + 8)]
-        if not self.ours:  # which needs no more than the default: its streams hold none
-            command += ["--worker-connections", str(subscribers + 64)]
-        return command
-
-
-SERVERS = [
-    Server("blog post, gthread", "blog_post", "gthread"),
-    Server("blog post, gevent", "blog_post", "gevent"),
-    Server("flask-sse, gevent", "flask_sse", "gevent", redis=True),
-    Server("sse-starlette, uvicorn", "sse_starlette", "uvicorn"),
-    Server("sse_bouncer, sync", "sse_bouncer", "sync", ours=True),
-    Server("sse_bouncer, gthread", "sse_bouncer", "gthread", ours=True, threads=4),
-    Server("sse_bouncer, gevent", "sse_bouncer", "gevent", ours=True),
-]
-BASELINE = "blog post, gevent"  # the only peer that goes as far as ten thousand at good speed
-
-
-@dataclass
-class Running:
-    port: int
-    processes: list[int]  # the roots of its process trees
+GUNICORN = "gunicorn --bind 127.0.0.1:{port} --log-level error --timeout 120 --graceful-timeout 1"
+UVICORN = "uvicorn --factory --port {port} --log-level warning --no-access-log"
+REDIS = "redis-server --bind 127.0.0.1 --port {port} --save ''"
+# The streams of sse_bouncer need no room: no worker, thread or greenlet is theirs.
+SERVERS = {
+    "blog post, gthread": GUNICORN + " -k gthread --threads {room} 'apps:blog_post()'",
+    "blog post, gevent": GUNICORN + " -k gevent --worker-connections {room} 'apps:blog_post()'",
+    "flask-sse, gevent": GUNICORN + " -k gevent --worker-connections {room} 'apps:flask_sse()'",
+    "sse-starlette, uvicorn": UVICORN + " apps:sse_starlette",
+    "sse_bouncer, sync": GUNICORN + " 'apps:sse_bouncer()'",
+    "sse_bouncer, gthread": GUNICORN + " -k gthread --threads 4 'apps:sse_bouncer()'",
+    "sse_bouncer, gevent": GUNICORN + " -k gevent 'apps:sse_bouncer()'",
+}
+BASELINE = "blog post, gevent"  # the fastest of the peers that reach 10,000 subscribers
 
 
 @contextmanager
-def running(server: Server, subscribers: int, core: int | None) -> Iterator[Running]:
-    """Start a server, all its processes on one core; end them all when the block is left."""
-    with tempfile.TemporaryDirectory(prefix="sse_bouncer-bench-") as folder:
-        environment = {**os.environ, "HOME": folder, "PYTHONPATH": str(HERE.parent)}
-        started: list[subprocess.Popen[bytes]] = []
-        log = Path(folder, "log")
+def running(name: str, subscribers: int, core: int) -> Iterator[tuple[int, list[psutil.Popen]]]:
+    """Start a server, all its processes on one core; yield its port and its processes."""
+    started: list[psutil.Popen] = []
+    with tempfile.TemporaryDirectory(prefix="sse_bouncer-bench-") as home:
+        environment = {**os.environ, "HOME": home, "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+        log = Path(home, "log")
 
-        def start(command: list[str], port: int) -> None:
-            with log.open("ab") as output:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    cwd=folder,
-                    env=environment,
-                    start_new_session=True,
-                )
-            started.append(process)
-            if core is not None and sys.platform == "linux":
-                os.sched_setaffinity(process.pid, {core})
-            _wait_for(process, port, log)
+        def start(*command: str) -> int:
+            port = next(p for p in random.sample(range(20_000, 30_000), 99) if not _listens(p))
+            args = [arg.format(port=port, room=subscribers + 100) for arg in command]
+            with log.open("ab") as out:
+                options: dict[str, Any] = {"cwd": home, "env": environment, "process_group": 0}
+                started.append(psutil.Popen(args, stdout=out, stderr=out, **options))
+            started[-1].cpu_affinity([core])
+            until = time.monotonic() + 20
+            while not _listens(port):
+                if started[-1].poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"the server did not start: {log.read_text()[-200:]!r}")
+                time.sleep(0.05)
+            return port
 
         try:
-            if server.redis:
-                port = _free_port()
-                environment["REDIS_URL"] = f"redis://127.0.0.1:{port}"
-                start(_redis(port, subscribers), port)
-            port = _free_port()
-            start(server.command(port, subscribers), port)
-            yield Running(port, [process.pid for process in started])
+            if name.startswith("flask-sse"):
+                environment["REDIS_URL"] = f"redis://127.0.0.1:{start(*shlex.split(REDIS))}"
+            yield start(sys.executable, "-m", *shlex.split(SERVERS[name])), started
         finally:
-            _end(started)
+            for number in signal.SIGTERM, signal.SIGKILL:
+                for process in started:
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, number)
+                psutil.wait_procs(started, timeout=3)
 
 
-def _redis(port: int, subscribers: int) -> list[str]:
-    options = {
-        "port": port,
-        "bind": "127.0.0.1",
-        "save": "",
-        "appendonly": "no",
-        "maxclients": subscribers + 100,
-        "client-output-buffer-limit": "pubsub 0 0 0",
-    }
-    return ["redis-server", *(s for k, v in options.items() for s in (f"--{k}", str(v)))]
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _free_port() -> int:
-    # Below the ports that systems give to outgoing connections, of which there will be many.
-    while True:
-        port = random.randint(20_000, 30_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
+def usage(roots: list[psutil.Popen]) -> dict[str, float]:
+    """Return what a server's processes use. Memory is in MiB; shared pages are divided."""
+    total = {"memory": 0.0, "cpu": 0.0, "threads": 0, "descriptors": 0}
+    for process in [p for root in roots for p in (root, *root.children(recursive=True))]:
+        with suppress(psutil.NoSuchProcess):
+            total["memory"] += process.memory_full_info().pss / 2**20
+            total["cpu"] += sum(process.cpu_times()[:2])
+            total["threads"] += process.num_threads()
+            total["descriptors"] += process.num_fds()
+    return total
 
 
-def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    until = time.monotonic() + 20
-    while process.poll() is None and time.monotonic() < until:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    lines = log.read_text(errors="replace").strip().splitlines()
-    raise RuntimeError(f"the server did not start: {lines[-1] if lines else 'it said nothing'}")
+def prepare() -> tuple[int, int]:
+    """Allow as many open files as possible; return the servers' core and that of this process."""
+    allowed = sorted(os.sched_getaffinity(0))  # the first and the last are not halves of one core
+    os.sched_setaffinity(0, allowed[-1:])
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    return allowed[0], allowed[-1]
 
 
-def _end(started: list[subprocess.Popen[bytes]]) -> None:
-    for signal_, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
-        until = time.monotonic() + patience
-        for process in started:
-            try:
-                os.killpg(process.pid, signal_)  # its session is its own, so this is all of it
-            except (ProcessLookupError, PermissionError):
-                pass
-        for process in started:
-            try:
-                process.wait(max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
+def busy(cores: tuple[int, int]) -> float:
+    """Return the CPU time of all processes on these cores, in seconds since the system started."""
+    times = psutil.cpu_times(percpu=True)
+    return sum(sum(times[core][:8]) - times[core].idle - times[core].iowait for core in {*cores})
+
+
+def machine() -> str:
+    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
+    files = f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} open files"
+    system = f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
+    packages = [f"{name} {version(name)}" for name in PACKAGES.split()]
+    return ", ".join([cpu or "CPU", f"{os.cpu_count()} cores", files, system, *packages])
