@@ -101,7 +101,7 @@ class Frame(str):
     """Text that is in the wire format already, as ``markupsafe.Markup`` is text that is HTML.
 
     `format_sse` returns one. Call ``Frame(text)`` only for protocol that you have written yourself,
-    one event each. Other than text that ends in a blank line raises TypeError or ValueError.
+    one event each. Anything but text that ends in a blank line raises TypeError or ValueError.
     """
 
     __slots__ = ("_wire",)
@@ -332,10 +332,13 @@ class _History:
         """Forget everything, and go on with what comes after the event of this id."""
         self._events.clear()
         self._floor = self.newest = floor
-        self._first: _Id | None = None  # the id of the first event after the floor
+        self._first: _Id | None = None  # the first id since then
         self._forgotten: dict[str | None, _Id] = {}  # a channel's newest event that is not kept
 
     def keep(self, event: _Event) -> None:
+        self._first, self.newest = self._first or event.id, event.id
+        if event.frame is None:  # the end of streams has an id, and is no event
+            return
         if len(self._events) == self._events.maxlen:
             oldest = self._events[0] if self._events else event
             self._forgotten[oldest.channel] = oldest.id
@@ -343,8 +346,6 @@ class _History:
                 self._forgotten.clear()
                 self._floor = oldest.id
         self._events.append(event)
-        self._first = self._first or event.id
-        self.newest = event.id
 
     def missed(self, last: _Id | None, channels: tuple[str, ...]) -> tuple[_Id | None, list[Frame]]:
         """Return what a client missed that has seen ``last``; None has seen nothing.
@@ -374,8 +375,8 @@ class Subscription:
     """
 
     __slots__ = (
-        "__weakref__ channels gap maxsize _bouncer _ended _frames _lag _ready _replay"
-        " _descriptor _pending _received"
+        "__weakref__ channels gap maxsize _bouncer _emptied _ended _frames _lag _ready"
+        " _replay _descriptor _pending _received"
     ).split()
 
     class Ended(BrokenPipeError):
@@ -388,15 +389,14 @@ class Subscription:
         self._bouncer = bouncer
         # These are guarded by the bouncer's lock.
         self._frames: deque[Frame] = deque()
-        self._lag = 0.0  # seconds that broadcasts have waited since the queue was last empty
+        self._emptied = 0  # how often the queue has been emptied
+        self._lag = 0.0  # seconds that broadcasts have waited since then
         self._ended: str | None = None  # why
         self._ready = bouncer._changed  # one of its own, once a reader has waited
         self._replay = 0  # how many frames of what it holds are what it missed, and do not count
         # These are the hub's thread's own, once it is detached; so is _replay.
         self._descriptor = -1  # of the client's connection
-        self._pending: deque[bytes | memoryview] | None = (
-            None  # what the connection has not taken yet
-        )
+        self._pending: deque[bytes | memoryview] | None = None  # what is still to be sent
         self._received = 0  # bytes of input
 
     def get(self, block: bool = True, timeout: float | None = None) -> Frame:
@@ -421,7 +421,7 @@ class Subscription:
             frame = self._frames.popleft()
             self._replay = max(0, self._replay - 1)
             if not self._frames:
-                self._lag = 0.0
+                self._emptied, self._lag = self._emptied + 1, 0.0
                 self._bouncer._changed.notify_all()
             return frame
 
@@ -582,7 +582,7 @@ class EventBouncer:
     ) -> None:
         """Send an event to every subscriber, or to those of one channel.
 
-        Readers whose queues are full get about 0.05 seconds, once for all, and are then dropped.
+        Readers whose queues are full get about 0.05 seconds together, and are then dropped.
         Detached streams are waited for only if their hub is 64 KiB of frames behind. With a relay
         this returns when the relay has the event, and raises what the relay raises.
 
@@ -698,7 +698,7 @@ class EventBouncer:
             self._changed.notify_all()
 
     def _start_relay_reader(self) -> None:
-        if self.relay is not None:
+        if self.relay is not None and not self._closed:
             with self._starting:
                 reader = self._relay_reader = self._relay_reader or _RelayReader(self)
             reader.has_tried.wait(_RELAY_WAIT)
@@ -718,9 +718,9 @@ class EventBouncer:
             held, subscription._frames = subscription._frames, _NO_FRAMES
             subscription._pending = deque([head, *(frame._wire for frame in held)])
             subscription._replay = len(subscription._pending)
-            self._readers.pop(subscription, None)
-            self._detached.add(subscription)
             hub.command(hub.attach, subscription)
+            self._detached.add(subscription)
+            self._readers.pop(subscription, None)
             if subscription._ended is not None:  # since it subscribed: what it holds, and the end
                 self._remove(subscription, subscription._ended)
 
@@ -739,18 +739,20 @@ class EventBouncer:
         return readers if channel is None else [s for s in readers if channel in s.channels]
 
     def _wait_for_room(self, channel: str | None) -> None:  # with the lock held, as the next one
-        # Until full queues are empty, not just below full: a loop then waits once in ``maxsize``
-        # frames. In ten looks, which take longer on a busy machine, where readers are late too.
-        for _ in range(10):
-            late = [s for s in self._audience(channel) if s.full() and s._lag < _MAX_LAG]
+        # Until each full queue has been empty: a loop then waits once in ``maxsize`` frames. Others
+        # may fill it again, so only looks that fail count. On a busy machine ten take longer.
+        looks, began = 10, time.monotonic()
+        while looks:
+            readers = self._audience(channel)
+            late = {s: s._emptied for s in readers if s.full() and s._lag < _MAX_LAG}
             if not late:
                 break
-            began = time.monotonic()
-            # With the condition, or each reader that takes a frame would use up a look.
-            self._changed.wait_for(lambda: not any(s._frames for s in late), _GRACE / 10)  # noqa: B023
-            for subscription in late:
-                if subscription._frames:
+            is_over = lambda: all(s._emptied > n or s._ended for s, n in late.items())  # noqa: B023, E731
+            looks -= not self._changed.wait_for(is_over, _GRACE / 10)
+            for subscription, emptied in late.items():
+                if subscription._emptied == emptied:
                     subscription._lag += time.monotonic() - began
+            began = time.monotonic()
 
     def _fan_out(self, channel: str | None, frame: Frame) -> None:
         if self._hub is not None and self._detached:
@@ -807,6 +809,9 @@ class _RelayReader:
                 if event.frame is not None:
                     bouncer._deliver(event.id, event.channel, event.frame)
                 elif event.channel is not None:
+                    with bouncer._lock:
+                        bouncer._history.keep(event)
+                        bouncer._changed.notify_all()
                     bouncer._disconnect({event.channel})
             self._position = entry[0]
 
@@ -863,7 +868,7 @@ if hasattr(os, "register_at_fork"):
 # runs them in that order. Everything else belongs to the hub's thread and needs no lock. It alone
 # closes a descriptor, after it has forgotten it: a reused number gets no other client's frames.
 
-_SEND_BUFFER = 64 * 1024  # bytes that a connection holds in the kernel, which would take megabytes
+_SEND_BUFFER = 64 * 1024  # bytes for a connection in the kernel, which would take megabytes
 _BACKLOG = 64 * 1024  # bytes of frames that may wait for the hub before publishers do
 _BURST = 1_000  # frames beyond its bound that a stream may hold, for _MAX_LAG: a client may be late
 # Seconds for an ended stream to make progress, and then for its client to close: a socket that is
@@ -871,7 +876,6 @@ _BURST = 1_000  # frames beyond its bound that a stream may hold, for _MAX_LAG: 
 _LINGER = 5.0
 _MAX_INPUT = 64 * 1024  # bytes of a client's input that are ignored; one that sends more is cut off
 _BATCH = 128  # streams that are sent to before other threads and greenlets may run
-_MAX_CHUNKS = 512  # frames that are written at once; systems allow 1,024
 _POLL_INTERVAL = 0.001  # seconds between looks of a thread that waits for the hub
 _GATHER_PAUSE = 0.0005  # seconds without a new command after which the hub waits for no more
 
@@ -884,7 +888,7 @@ class _Hub:
         # A method and a stream, or None and an event. Filled under the bouncer's lock.
         self._commands: deque[tuple[Callable[[Subscription], None] | None, Any]] = deque()
         self._is_woken = False  # a byte is in the pipe, or the hub is about to look anyway
-        # Bytes of frames. One is counted under the bouncer's lock, one by the hub's thread.
+        # Bytes of frames: queued ones are counted under the bouncer's lock, sent ones by the hub.
         self._queued_bytes = self._sent_bytes = 0
         self._streams: dict[Subscription, None] = {}  # those that are to get events
         self._channels: dict[str, dict[Subscription, None]] = {}
@@ -898,9 +902,7 @@ class _Hub:
         self._selector.register(self._wakeup_read, selectors.EVENT_READ)
         _start_thread(self._run, "sse_bouncer")
 
-    def command(
-        self, do: Callable[[Subscription], None] | None, what: object, size: int = 0
-    ) -> None:
+    def command(self, do: Any, what: object, size: int = 0) -> None:
         """Have `attach` or `end` done with a stream, or an event sent. Called under the lock."""
         self._queued_bytes += size
         self._commands.append((do, what))
@@ -956,8 +958,7 @@ class _Hub:
     def _gather(self) -> None:
         """Under load, wait for what publishers are about to add, to send it all in one go.
 
-        With 1,000 streams and a publisher that is never more than 8 events ahead, this took a
-        gunicorn worker with 4 threads from 0.63 to 0.82 million deliveries per second.
+        With 1,000 streams it raised 0.63 to 0.82 million deliveries per second.
         """
         began, seen = time.monotonic(), 0
         is_loaded = began - self._rested_at < self._busy_time  # it has rested less than worked
@@ -993,6 +994,8 @@ class _Hub:
         """Do something with one stream; if it goes wrong, that costs this stream and no other."""
         try:
             do(stream, *args)
+        except BlockingIOError:
+            pass  # there was nothing to read after all
         except Exception as error:
             if not isinstance(error, OSError):  # reset, timed out: the client is gone
                 logger.exception("unexpected error; it costs one stream")
@@ -1068,11 +1071,11 @@ class _Hub:
             self._flush(stream)
 
     def _flush(self, stream: Subscription, taken: int = -1) -> None:
-        """Take off the pending frames what was sent of them; -1 is to send them now."""
+        """Take off the pending frames what was sent; -1 is to send now, of up to 1,024 buffers."""
         pending = stream._pending or deque()
         if pending and taken < 0:
             try:
-                taken = os.writev(stream._descriptor, list(itertools.islice(pending, _MAX_CHUNKS)))
+                taken = os.writev(stream._descriptor, list(itertools.islice(pending, 1024)))
             except BlockingIOError:
                 taken = 0
         while pending and taken >= len(pending[0]):
@@ -1124,9 +1127,8 @@ class _Hub:
 def _sender() -> Callable[[list[int], bytes], list[int]]:
     """Return a function that sends the same to many connections, and returns what each took.
 
-    ``socket.send`` lets go of the GIL in each call, and has to win it back from a busy thread: with
-    one CPU-bound thread in the process a fan-out over 1,000 connections took 2,764 microseconds per
-    delivery that way, and 12 through a PyDLL, which keeps it.
+    ``socket.send`` lets go of the GIL in each call. With one CPU-bound thread in the process a
+    delivery took 2,764 microseconds that way, and 12 through a PyDLL, which keeps the GIL.
     """
     try:
         import ctypes
@@ -1153,7 +1155,7 @@ _HEADERS = {
     "Cache-Control": "no-cache, no-store, no-transform",
     "X-Accel-Buffering": "no",
 }
-_OWN = "connection content-length content-type keep-alive te trailer transfer-encoding upgrade"
+_RESERVED = "connection content-length content-type keep-alive te trailer transfer-encoding upgrade"
 # What a head says of the server's connection; a detached stream has one of its own.
 _OF_CONNECTION = (b"connection:", b"keep-alive:", b"transfer-encoding:")
 _SUCCESS = re.compile(rb"HTTP/1\.[01] 200 ")
@@ -1227,7 +1229,7 @@ def _respond(body: Iterable[bytes], status: int, headers: Mapping[str, str] | No
     response: Response = response_class(body, status=status)
     what = "headers: expected none that the server or the stream sets itself; leave it out"
     for name in headers or ():
-        _expect(name.lower() not in _OWN.split(), ValueError, what, name)
+        _expect(name.lower() not in _RESERVED.split(), ValueError, what, name)
     response.headers.update({**_HEADERS, **(headers or {})})
     return response
 
@@ -1264,8 +1266,8 @@ def _subscription_body(
             theirs.close()
         yield opening
         if client is not None:
-            written = _received(ours)
-            if head := _head_to_go_on_from(written, opening):
+            written = _read_all(ours)
+            if head := _detached_head(written, opening):
                 with bouncer._starting:
                     hub = bouncer._hub = bouncer._hub or _Hub(bouncer)
                 client.setblocking(False)
@@ -1285,16 +1287,16 @@ def _subscription_body(
         pass
     finally:
         if client is not None and client.fileno() >= 0:
-            # The server has not asked for the second item, and may have let go of its connection
-            # by now: the client gets what was written, and the end.
+            # The server asks for no second item: the client gets what was written, and the server
+            # its connection, if it still has one.
             with contextlib.suppress(OSError):
-                client.sendall(_received(ours))
-                client.shutdown(socket.SHUT_RDWR)
+                client.sendall(_read_all(ours))
+                os.dup2(client.fileno(), connection.fileno(), inheritable=False)
         if subscription in bouncer._readers:
             bouncer.unsubscribe(subscription)
 
 
-def _received(ours: socket.socket) -> bytes:
+def _read_all(ours: socket.socket) -> bytes:
     written = b""
     with contextlib.suppress(BlockingIOError):
         while chunk := ours.recv(16 * 1024):
@@ -1302,17 +1304,17 @@ def _received(ours: socket.socket) -> bytes:
     return written
 
 
-def _head_to_go_on_from(written: bytes, opening: bytes) -> bytes:
+def _detached_head(written: bytes, opening: bytes) -> bytes:
     """Return the head for a detached stream; nothing if the server wrote something unexpected."""
     head, _, body = written.partition(b"\r\n\r\n")
     chunk = b"%x\r\n%b\r\n" % (len(opening), opening)  # gunicorn's is in upper case
     is_head = _SUCCESS.match(head) and not _CHANGES_BODY.search(head)
     if not is_head or body.lower() not in (opening, chunk):
         if b"\r\ncontent-encoding:" not in head.lower():
-            what = "before the second item it had sent %.40r and %.40r, by its server or middleware"
+            what = "its server or middleware sent %.40r and %.40r instead of a 200 and its opening"
             _warn_once(_HOLDS_WORKER, what % (head, body))
         return b""
-    lines = [li for li in head.split(b"\r\n") if not li.lower().startswith(_OF_CONNECTION)]
+    lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(_OF_CONNECTION)]
     # No length and no chunks: the body ends with the connection.
     return b"\r\n".join([*lines, b"Connection: close", b"", b""])
 

@@ -25,10 +25,10 @@ def compare(options: argparse.Namespace, data: dict[str, Any]) -> None:
     data |= {"machine": machine(), "runs": [], "missing": {}}
     for repeat, n, name in (bar := tqdm(plan, unit="run")):
         what = f"{name} with {n:,}"
-        bar.set_description(what)
         if what in data["missing"]:
             continue
         try:
+            gc.collect()  # what the last client left, its sockets too
             run = measure(name, n, options.seconds, options.cores)
             data["runs"].append({"server": name, "n": n, "repeat": repeat, **run})
             said = report.one_line(run)
