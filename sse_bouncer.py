@@ -211,7 +211,7 @@ _READ_COUNT = 1_000  # entries that are read at once
 
 _Id = tuple[int, int]  # for Redis: milliseconds, and a sequence number within them
 _NO_ID: _Id = (0, 0)  # before all others
-_Entry = tuple[str, str, str | None, str | None]  # id, id of the entry before, channel, frame
+_Entry = tuple[str, str, str | None, str | None]  # see RedisRelay
 # A header is a stranger's text, and int() alone reads much more than this: "１", and "1_0".
 _ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})", re.ASCII)
 
@@ -239,7 +239,8 @@ class RedisRelay:
     When it is back, all that it kept is delivered. If it has lost events that this process had yet
     to read, every stream gets an event named ``gap`` before the next one. If the answer to an EVAL
     is lost, the client repeats it, and the event arrives twice. Any object with these three methods
-    can be a relay; what the last two raise is logged, and they are called again.
+    can be a relay. Its entries are tuples: the id, ``<digits>-<digits>``, which increases; the id
+    of the entry before, or ``"0-0"``; channel, None for all; frame, None to end its streams.
 
     :param client: A ``redis.Redis`` or ``redis.RedisCluster``, which may decode responses.
     :param key: The stream's key; all processes of an app use the same. The default is ``sse``.
@@ -308,7 +309,7 @@ class RedisRelay:
 # it would drop readers that keep up, as they run only when the publisher lets them.
 _GRACE = 0.05
 _MAX_LAG = 1.0  # seconds that one reader may hold broadcasts up in all until it has caught up
-_MAX_HEARTBEAT = 86_400.0  # seconds; proxies do not wait that long, and timers cannot much longer
+_MAX_HEARTBEAT = 86_400.0  # seconds, a day: longer than proxies wait, and what a timer can take
 _MAX_CHANNELS = 10_000  # of which a history knows what it no longer keeps
 _RELAY_WAIT = 1.0  # seconds that a subscriber waits for the relay
 _READ_TIMEOUT = 2.0  # seconds that the relay waits for an event; redis-py gives up after 5
@@ -868,9 +869,9 @@ if hasattr(os, "register_at_fork"):
 # runs them in that order. Everything else belongs to the hub's thread and needs no lock. It alone
 # closes a descriptor, after it has forgotten it: a reused number gets no other client's frames.
 
-_SEND_BUFFER = 64 * 1024  # bytes for a connection in the kernel, which would take megabytes
+_SEND_BUFFER = 64 * 1024  # bytes that a connection holds in the kernel; its default is megabytes
 _BACKLOG = 64 * 1024  # bytes of frames that may wait for the hub before publishers do
-_BURST = 1_000  # frames beyond its bound that a stream may hold, for _MAX_LAG: a client may be late
+_BURST = 1_000  # frames beyond its bound that a stream may hold for _MAX_LAG, as in a burst
 # Seconds for an ended stream to make progress, and then for its client to close: a socket that is
 # closed with unread input is reset, and what is under way gets lost.
 _LINGER = 5.0
@@ -1156,7 +1157,6 @@ _HEADERS = {
     "X-Accel-Buffering": "no",
 }
 _RESERVED = "connection content-length content-type keep-alive te trailer transfer-encoding upgrade"
-# What a head says of the server's connection; a detached stream has one of its own.
 _OF_CONNECTION = (b"connection:", b"keep-alive:", b"transfer-encoding:")
 _SUCCESS = re.compile(rb"HTTP/1\.[01] 200 ")
 _CHANGES_BODY = re.compile(rb"\r\ncontent-(encoding|length):", re.IGNORECASE)
