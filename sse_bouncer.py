@@ -305,8 +305,8 @@ class RedisRelay:
 # falls behind is dropped: its stream ends after what it holds, and with a history it comes back and
 # gets what it missed. No HTTP and no socket in here.
 
-# Seconds that a broadcast waits for readers whose queues are full, once for all of them. In a loop
-# it would drop readers that keep up, as they run only when the publisher lets them.
+# Seconds that a broadcast waits for readers whose queues are full, once for all of them. Without it
+# broadcasts in a loop drop readers that keep up, which run only when the publisher lets them.
 _GRACE = 0.05
 _MAX_LAG = 1.0  # seconds that one reader may hold broadcasts up in all until it has caught up
 _MAX_HEARTBEAT = 86_400.0  # seconds, a day: longer than proxies wait, and what a timer can take
@@ -739,7 +739,7 @@ class EventBouncer:
         readers = [s for r in self._readers.keyrefs() if (s := r()) is not None]
         return readers if channel is None else [s for s in readers if channel in s.channels]
 
-    def _wait_for_room(self, channel: str | None) -> None:  # with the lock held, as the next one
+    def _wait_for_room(self, channel: str | None) -> None:  # called with the lock held
         # Until each full queue has been empty: a loop then waits once in ``maxsize`` frames. Others
         # may fill it again, so only looks that fail count. On a busy machine ten take longer.
         looks, began = 10, time.monotonic()
