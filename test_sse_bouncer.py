@@ -59,6 +59,7 @@ TIMEOUT = int(os.environ.get("TIMEOUT", 60))  # seconds: far beyond what anythin
 FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as long the random tests run
 ROOT = Path(__file__).resolve().parent
 os.environ["NO_PROXY"] = "127.0.0.1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs ignore
 
 
 # =================================================================================================
@@ -916,20 +917,13 @@ REDIS_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"protocol": 2, "decode_responses": True}, ""),
     ({"protocol": 3, "decode_responses": True}, ""),
     ({"username": "app", "password": "secret"}, ACL),
-    ({"cluster": True}, "--cluster-enabled yes --cluster-port"),
 ]
 
 
 @pytest.mark.parametrize(("options", "args"), REDIS_OPTIONS)
 def test_redis_carries_anything(options: Any, args: str, processes: Any, new_redis: Any) -> None:
     """Text of any kind, on channels of any name: live, and to a client that comes later."""
-    with held_port() as bus:
-        port = [str(bus)] * ("cluster" in options)
-        redis = processes.redis = new_redis(*args.split(), *port)
-    if "cluster" in options:
-        node = redis.client(decode_responses=True).execute_command
-        node("CLUSTER ADDSLOTSRANGE", 0, 16383)
-        wait_until(lambda: node("CLUSTER INFO")["cluster_state"] == "ok", "a cluster")
+    processes.redis = new_redis(*args.split())
     texts = ["a\nb", "", " x", "grüß 😀", "\0", "x\u2028y", "id: 7", "last"]
     one, two = (processes(**options) for _ in range(2))
     start = one.last_event_id
@@ -1093,17 +1087,26 @@ def test_redis_skips_foreign_entries(decode: bool, processes: Processes, caplog:
     assert ["first", "last"] == held(late)
 
 
-def test_redis_idle_reader(new_redis: Any, processes: Processes, caplog: Any) -> None:
+@pytest.mark.parametrize("cluster", [False, True])
+def test_redis_idle_reader(
+    cluster: bool, processes: Processes, new_redis: Any, caplog: Any
+) -> None:
     """It reads nothing again, also a megabyte; and its client does not take silence for death."""
-    redis = processes.redis = new_redis()
-    bouncer, info = processes(socket_timeout=0.2), redis.client().info
+    with held_port() as bus:
+        options = ["--cluster-enabled", "yes", "--cluster-port", str(bus)][: 4 * cluster]
+        redis = processes.redis = new_redis(*options)
+    client = redis.client(decode_responses=True)
+    if cluster:
+        client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "a cluster")
+    bouncer = processes(socket_timeout=0.2, cluster=cluster)
     subscription = bouncer.subscribe()
     bouncer.broadcast("x" * 2**20)
     next_events(subscription, 1)
-    before = info("all")
+    before = client.info("all")
     reads = before["cmdstat_xread"]["calls"] + 5
-    wait_until(lambda: info("all")["cmdstat_xread"]["calls"] >= reads, "it waits, and again")
-    assert info()["total_net_output_bytes"] - before["total_net_output_bytes"] < 2**20
+    wait_until(lambda: client.info("all")["cmdstat_xread"]["calls"] >= reads, "it waits, and again")
+    assert client.info()["total_net_output_bytes"] - before["total_net_output_bytes"] < 2**20
     assert [] == caplog.messages
 
 
@@ -1596,7 +1599,6 @@ def test_hub_stalled_client_is_dropped_and_resumes(server: Server) -> None:
     stalled, total = bouncer.client(receive_buffer=4096), 0
     others = [bouncer.client() for _ in range(2)]
     while not bouncer.stats()["dropped"]:
-        # Fewer than maxsize, so that the others keep up.
         bouncer.broadcast(*(str(n).rjust(65536) for n in range(total, total + 15)))
         for other in others:
             assert list(range(total, total + 15)) == list(map(int, other.datas(15)))
@@ -1874,7 +1876,6 @@ def test_response_begins_after(header: Any, query: Any, argument: Any, counts: i
 def test_response_of_items_is_these_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     """By the app's own JSON, though its context has ended when a generator runs. What cannot be
     formatted is logged and left out; what the generator raises is the server's to report."""
-
     items = ["a\nb", format_sse("c", "greet"), math.nan, None, {"n": DAY}, b"bytes", ""]
     expected = "data: a\ndata: b\n\nevent: greet\ndata: c\n\n"
     expected += f"data: {flask.json.dumps({'n': DAY})}\n\ndata: bytes\n\ndata: \n\n"
@@ -2151,7 +2152,7 @@ def test_stopping_recipe_ends_streams_first(kind: str, how: str, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["development", "gthread"])
 def test_stopping_sends_what_was_broadcast_right_before_exit(kind: str, tmp_path: Path) -> None:
-    """All of it, to all; and nothing is printed as it goes."""
+    """All of it, to all."""
     with serve(kind, tmp_path) as server:
         bouncer = Remote(server)
         clients = bouncer.streams(100)
