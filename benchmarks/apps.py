@@ -106,6 +106,5 @@ def sse_starlette() -> Any:
                     queues.discard(messages)
         return Response(status_code=204)
 
-    return Starlette(
-        routes=[Route("/stream", stream), Route("/publish", publish, methods=["POST"])]
-    )
+    post = Route("/publish", publish, methods=["POST"])
+    return Starlette(routes=[Route("/stream", stream), post])

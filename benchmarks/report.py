@@ -121,8 +121,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         axes.minorticks_off()
         for axis in axes.xaxis, axes.yaxis:
             axis.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, labelcolor=INK
-    )
+    servers = axes.get_legend_handles_labels()
+    figure.legend(*servers, loc="outside upper left", ncols=2, labelcolor=INK)
     figure.savefig(path, transparent=True)
     print(f"\nplot: {path}")

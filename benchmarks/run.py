@@ -65,16 +65,15 @@ def measure(name: str, n: int, seconds: float, cores: tuple[int, int]) -> dict[s
 
 def soak(options: argparse.Namespace, data: dict[str, Any]) -> None:
     """Twice all come, some are replaced while events flow, and all but one leave."""
-    n, seen, seconds = max(options.sizes), 0, round(options.soak * 60)
+    n, seconds = max(options.sizes), round(options.soak * 60)
     data |= {"soak": [], "about": "Interrupted."}
     with running("sse_bouncer, gthread", n, options.cores[0]) as (port, processes):
         client = Client(port)
 
         def sample(when: str) -> None:
-            nonlocal seen
-            use, late, seen = usage(processes), client.latencies(seen) * 1e3, len(client.sent)
+            use, late = usage(processes), client.latencies()
             row = {"when": when, "subscribers": len(client.subscribers), **use}
-            data["soak"].append(row | {"p99_ms": round(percentile(late, 99)) if late.size else 0})
+            data["soak"].append(row | {"p99_ms": round(percentile(late, 99) * 1e3) if late else 0})
 
         client.connect(1)
         sample("at the start")
@@ -96,7 +95,8 @@ def soak(options: argparse.Namespace, data: dict[str, Any]) -> None:
             client.publish(time.monotonic())  # to those that came last, too
             client.wait()
             client.leave(n - 1)
-            time.sleep(2)
+            time.sleep(4)
+            client.turn(0)  # by now the server may have ended the publisher's connection
             sample(f"{number} round: all but one have left")
         ends = f"Streams with wrong bytes: {client.wrong()}; ended by the server: {client.closed}"
         data["about"] = f"{machine()}. {ends}."

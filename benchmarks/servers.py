@@ -26,7 +26,8 @@ UVICORN = "uvicorn --factory --port {port} --log-level warning --no-access-log"
 REDIS = "redis-server --bind 127.0.0.1 --port {port} --save ''"
 # The streams of sse_bouncer need no room: no worker, thread or greenlet is theirs.
 SERVERS = {
-    "blog post, gthread": GUNICORN + " -k gthread --threads {room} 'apps:blog_post()'",
+    "blog post, gthread": GUNICORN
+    + " -k gthread --threads {room} --worker-connections {room} 'apps:blog_post()'",
     "blog post, gevent": GUNICORN + " -k gevent --worker-connections {room} 'apps:blog_post()'",
     "flask-sse, gevent": GUNICORN + " -k gevent --worker-connections {room} 'apps:flask_sse()'",
     "sse-starlette, uvicorn": UVICORN + " apps:sse_starlette",
