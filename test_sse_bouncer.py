@@ -957,7 +957,7 @@ def test_redis_that_fails(fault: str, processes: Processes, new_redis: Any, capl
     in order, and streams of a process that starts meanwhile are told of a gap. The log says why."""
     fails, error, comes_back = FAULTS[fault]
     processes.redis = new_redis("--appendonly", "yes", "--appendfsync", "always")
-    publisher, process, *late = (processes(socket_timeout=0.2) for _ in range(4))
+    publisher, process, *late = (processes(socket_timeout=1.0) for _ in range(4))
     ada, bob = process.subscribe("ada"), process.subscribe("bob")
     for number in range(2):
         publisher.broadcast("before", channel="bob")
