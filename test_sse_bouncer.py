@@ -58,6 +58,7 @@ from sse_bouncer import EventBouncer, Frame, RedisRelay, Subscription, format_ss
 TIMEOUT = int(os.environ.get("TIMEOUT", 60))  # seconds: far beyond what anything here takes
 FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as long the random tests run
 ROOT = Path(__file__).resolve().parent
+PROGRAMS = ("redis-server", "nginx", "chromium", "chromedriver", "curl", "openssl")
 os.environ["NO_PROXY"] = "127.0.0.1"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs ignore
 
@@ -69,7 +70,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which background job
 def need(*names: str) -> None:
     """Skip the test if a package or a program that it uses is missing; under CI it fails."""
     for name in names:
-        if importlib.util.find_spec(name) is None and shutil.which(name) is None:
+        if (shutil.which if name in PROGRAMS else importlib.util.find_spec)(name) is None:
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{name} is missing")
 
 
@@ -621,7 +622,6 @@ def call(app: flask.Flask, method: str = "GET", offered: socket.socket | None = 
 
 
 def answer(view: Callable[[], Any]) -> str:
-    """Return the whole body that the test client is sent."""
     with app_of(view).test_client().get("/") as response:
         return bytes(response.data).decode()
 
