@@ -1980,7 +1980,8 @@ def test_takeover_keeps_the_head_that_the_server_would_send(server: Server, what
     for detach in (True, False):
         bouncer = Remote(server, detach=detach, heartbeat=0.05)
         client = bouncer.request(query=query, headers=headers, **options)
-        kept = [pair for pair in client.head.getheaders() if pair[0] not in framing]
+        got = client.head.getheaders()  # after a dot, a session's cookie has the time
+        kept = [(n, re.sub(r"\..*?;", ";", v)) for n, v in got if n not in framing]
         heads.append((client.head.status, kept))
         if detach and taken_over or server.kind not in SINGLE:
             bouncer.wait_for(subscribers=1, detached=int(detach and taken_over))
@@ -1991,8 +1992,7 @@ def test_takeover_keeps_the_head_that_the_server_would_send(server: Server, what
             assert client.whole
             assert body.replace(b"\n", b"").rstrip(b":").endswith(b":data: hi")
         if detach and taken_over:
-            own = [pair for pair in client.head.getheaders() if pair[0] in framing - {"Date"}]
-            assert [("Connection", "close")] == own
+            assert [("Connection", "close")] == [p for p in got if p[0] in framing - {"Date"}]
         client.leave()
         bouncer.wait_for(subscribers=0)
     assert heads[1] == heads[0]
