@@ -284,8 +284,7 @@ class Client:
 # The one app. A request says which bouncer it is about by a parameter that holds the options to
 # make it with, so that any process can; and what is to be done, in Python.
 APP = '''
-import contextlib, json, multiprocessing, os, resource, signal, socket, sys
-import threading, warnings
+import contextlib, json, multiprocessing, os, resource, signal, socket, threading, warnings
 from collections import defaultdict
 from urllib.parse import parse_qs
 from flask import Flask, jsonify, request, session
@@ -1619,7 +1618,6 @@ def test_hub_takes_no_notice_of_what_a_client_says(server: Server) -> None:
         bouncer.broadcast("hi", channel="x")
         assert ["hi"] == client.datas(1)
     other = bouncer.client()
-
     talk = functools.partial(client.say, b"blah" * 256)
     wait_until(lambda: bouncer.stats()["subscribers"] == 2, "the talker is cut off", talk)
     bouncer.broadcast("bye")
@@ -1662,8 +1660,8 @@ def test_hub_at_the_limit_of_descriptors(server: Server) -> None:
 
     bouncer.do(limit % "len(os.listdir('/proc/self/fd')) + 60")
     try:
-        while [is_refused() for _ in range(3)] != [True] * 3:  # while other connections are closed
-            pass
+        # One may be let in yet, while connections of other requests are being closed.
+        wait_until(lambda: all([is_refused() for _ in range(3)]), "clients are refused")
         bouncer.wait_for(detached=len(server.clients), subscribers=len(server.clients))
         assert told + 1 == server.log().count("come back later")
         for _ in range(5):
@@ -1675,7 +1673,7 @@ def test_hub_at_the_limit_of_descriptors(server: Server) -> None:
         bouncer.do(limit % "4096")
 
 
-@on("development", "sync", "gthread")
+@detaching
 @pytest.mark.parametrize("relayed", [False, True])
 def test_hub_child_begins_with_nothing(server: Server, relayed: bool, request: Any) -> None:
     """A forked child ends normally; its parent's streams go on, and get nothing twice."""
@@ -1683,11 +1681,13 @@ def test_hub_child_begins_with_nothing(server: Server, relayed: bool, request: A
     bouncer = Remote(server, history=9, **relay)
     clients = [bouncer.client("x") for _ in range(3)]
     bouncer.broadcast("before")
-    assert [7, 7] == [bouncer.do("fork(child, bouncer)") for _ in range(2)]
+    of_gevent = server.kind == "gevent"  # gunicorn's own greenlets may end the child, with 0
+    assert {bouncer.do("fork(child, bouncer)") for _ in range(2)} <= {7, 0 if of_gevent else 7}
     bouncer.broadcast("after")
     bouncer.do("bouncer.disconnect('x')")
-    expected = ["before", *["of the child"] * 2 * relayed, "after"]
-    assert [expected] * 3 == [client.wait_end() for client in clients]
+    for received in [client.wait_end() for client in clients]:
+        assert ["before", "after"] == [text for text in received if text != "of the child"]
+        assert of_gevent or 2 * relayed == received.count("of the child")
 
 
 FORKS_UNDER_GEVENT = """
@@ -2378,8 +2378,7 @@ def test_readme_feed_shows_what_was_kept_and_what_came_since(readme: Server) -> 
     readme.ask("/publish", b"between")
     assert ["between"] == readme.client(f"/feed?since={since}").datas(1)
     client = readme.client("/feed")
-    while "between" not in client.datas(1):
-        pass
+    client.wait_until(lambda: "between" in map(str, client.unread), "what was kept")
 
 
 def test_readme_tests_pass(tmp_path: Path) -> None:
