@@ -2564,9 +2564,14 @@ README_TESTS = "\n".join(block for block in BLOCKS if "def test_" in block)
 
 
 def readme_app(relay: str) -> str:
-    """The README's app: all its blocks but its tests; with a relay if one is given."""
-    blocks = [b for b in BLOCKS if b not in README_TESTS and (relay or "RedisRelay(" not in b)]
-    return re.sub(r"redis://[\w.:]+", relay, "\n".join(blocks))
+    """The README's app: all its blocks but its tests; with its line for a relay if one is given."""
+    app = "\n".join(block for block in BLOCKS if block not in README_TESTS)
+    if relay:
+        (made,) = re.findall(r"`(EventBouncer\(history=1000, relay=[^`]*)`", README)
+        made = re.sub(r"redis://[\w.:]+", relay, made)
+        line = f"from sse_bouncer import RedisRelay; bouncer = {made}"
+        app = app.replace("bouncer = EventBouncer()", line)
+    return app
 
 
 @pytest.fixture(scope="session", params=["development", "gthread-served"])
@@ -2578,34 +2583,54 @@ def readme(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield server
 
 
-def test_readme_publishes_text_and_json(readme: Server) -> None:
+def log_in(readme: Server, user: str) -> dict[str, str]:
+    body = f"user={user}".encode()
+    form = {"Content-Type": "application/x-www-form-urlencoded", "Content-Length": str(len(body))}
+    login = readme.client("/login", method="POST", headers=form, more=body)
+    return {"Cookie": str(login.head.getheader("Set-Cookie")).partition(";")[0]}
+
+
+def test_readme_publishes_what_its_page_sends(readme: Server) -> None:
     assert '"/subscribe"' in readme.ask("/")
     client = readme.client("/subscribe").wait_opening()
     readme.ask("/publish", b"a\nb")
-    readme.ask("/orders", b"")
-    text, order = client.events(2)
-    assert "a\nb" == text.data
-    assert "order" == order.type
-    assert {"id": 7, "items": ["tea"]} == json.loads(order.data)
+    assert ["a\nb"] == client.datas(1)
 
 
-def test_readme_inbox_is_for_its_user_until_logout(readme: Server) -> None:
-    """Strangers get no stream, and a logout ends all of one's own."""
+def test_readme_todos_are_sent_first_and_then_their_changes(readme: Server) -> None:
+    client = readme.client("/todos").wait_opening()
+    (snapshot,) = client.events(1)
+    assert "snapshot" == snapshot.type
+    assert "tea" == json.loads(snapshot.data)["1"]
+    url = f"http://127.0.0.1:{readme.port}/todos/2"
+    urllib.request.urlopen(urllib.request.Request(url, b"milk", method="PUT")).close()
+    (todo,) = client.events(1)
+    assert Event('{"2": "milk"}', "todo") == todo._replace(id="")
+
+
+def test_readme_inbox_is_for_its_user(readme: Server) -> None:
     assert 401 == readme.client("/inbox").head.status
-    cookies = {}
-    for user in ("ada", "bob"):
-        form = {"Content-Type": "application/x-www-form-urlencoded", "Content-Length": "8"}
-        login = readme.client("/login", method="POST", headers=form, more=f"user={user}".encode())
-        cookies[user] = {"Cookie": str(login.head.getheader("Set-Cookie")).partition(";")[0]}
-    tabs = [readme.client("/inbox", headers=cookies["ada"]).wait_opening() for _ in range(2)]
-    bob = readme.client("/inbox", headers=cookies["bob"]).wait_opening()
-    readme.ask("/logout", b"", **cookies["ada"])
-    assert [[], []] == [tab.wait_end() for tab in tabs]
+    bob = readme.client("/inbox", headers=log_in(readme, "bob")).wait_opening()
     readme.ask("/publish", b"to all")
     assert ["to all"] == bob.datas(1)
 
 
-@pytest.mark.parametrize("readme", ["gthread-served"], indirect=True)
+def test_readme_room_knows_who_is_there(readme: Server) -> None:
+    """A user with two tabs once, until both are closed."""
+    eve, dan = log_in(readme, "eve"), log_in(readme, "dan")
+    tabs = [readme.client("/room", headers=eve).wait_opening() for _ in range(2)]
+    watcher = readme.client("/room", headers=dan).wait_opening()
+
+    def here() -> Any:
+        return json.loads(watcher.datas(1)[0])
+
+    assert ["user-dan", "user-eve"] == here()
+    tabs[0].leave("close")
+    assert ["user-dan", "user-eve"] == here()
+    tabs[1].leave("reset")
+    assert ["user-dan"] == here()
+
+
 def test_readme_progress_ends_for_good(readme: Server) -> None:
     client = readme.client("/progress")
     *steps, _ = client.wait_end()
@@ -2616,12 +2641,27 @@ def test_readme_progress_ends_for_good(readme: Server) -> None:
     assert 204 == readme.client("/progress", headers={"Last-Event-ID": last.id}).head.status
 
 
-def test_readme_feed_shows_what_was_kept_and_what_came_since(readme: Server) -> None:
-    since = readme.ask("/todos")["since"]
-    readme.ask("/publish", b"between")
-    assert ["between"] == readme.client(f"/feed?since={since}").datas(1)
-    client = readme.client("/feed")
-    client.wait_until(lambda: "between" in map(str, client.unread), "what was kept")
+def test_readme_factory_takes_its_setting(tmp_path: Path) -> None:
+    """By the command that is shown there."""
+    (command,) = re.findall(r"`FLASK_SSE_HISTORY=(\d+) \S*flask --app app:create_app run`", README)
+    write_app(tmp_path, readme_app(""))
+    code = "import app; app.create_app(); print(app.bouncer.history)"
+    environ = environment(FLASK_SSE_HISTORY=command)
+    finished = run(sys.executable, "-c", code, cwd=tmp_path, env=environ)
+    assert f"{command}\n" == finished.stdout, finished.stderr
+
+
+def test_readme_page_of_todos(browser: Any, tmp_path: Path) -> None:
+    """It shows the state, and what changes."""
+    (page,) = re.findall(r"^```html\n(.*?)^```", README, re.M | re.S)
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static" / "todos.html").write_text(page, "utf-8")
+    with serve("development", tmp_path, app=write_app(tmp_path, readme_app(""))) as server:
+        browser.get(f"http://127.0.0.1:{server.port}/static/todos.html")
+        wait_in_page(browser, "list.innerText === 'tea'")
+        url = f"http://127.0.0.1:{server.port}/todos/2"
+        urllib.request.urlopen(urllib.request.Request(url, b"milk", method="PUT")).close()
+        wait_in_page(browser, "list.innerText === 'tea\\nmilk'")
 
 
 def test_readme_tests_pass(tmp_path: Path) -> None:
