@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 import abc
 import atexit
+import calendar
 import contextlib
 import contextvars
 import dataclasses
@@ -55,7 +56,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
-from email.utils import format_datetime
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ class _Forked(BaseException):
     """Ends a greenlet in a forked child, to which it does not belong."""
 
 
-_greenlets: weakref.WeakSet[Any] = (
-    weakref.WeakSet()
-)  # in which gevent runs the threads of this file
+_greenlets: weakref.WeakSet[Any] = weakref.WeakSet()  # gevent's, of the threads of this file
 
 
 def _start_thread(run: Callable[[], None], name: str) -> None:
@@ -144,8 +143,9 @@ class Frame(str):
             return text
         text = _check_text("frame", text)
         if not _unify_line_ends(text[-4:]).endswith("\n\n"):
-            expected = "text that ends in a blank line"
-            raise ValueError(_wrong("frame", expected, text, "use format_sse(...) for data"))
+            raise ValueError(
+                _wrong("frame", "a blank line at its end", text, "use format_sse(...)")
+            )
         return _frame(text, text.encode(), has_id=_ID_LINE.search(text) is not None)
 
 
@@ -176,8 +176,7 @@ def format_sse(
     """
     if isinstance(data, Frame):
         if any(field is not None for field in (event, id, retry, comment)):
-            advice = "give them to the format_sse(...) that makes it"
-            raise ValueError(_wrong("data", "no Frame beside other fields", data, advice))
+            raise ValueError(_wrong("data", "no Frame beside other fields", data, "leave them out"))
         return data
     lines = []
     if comment is not None:
@@ -281,12 +280,11 @@ def _dumps(data: object) -> str | bytes:
 
 
 def _as_flask(value: object) -> str:
+    """Return what Flask's JSON makes of a value that JSON does not know."""
+    if isinstance(value, datetime.datetime):
+        return formatdate(calendar.timegm(value.utctimetuple()), usegmt=True)
     if isinstance(value, datetime.date):
-        if not isinstance(value, datetime.datetime):
-            value = datetime.datetime(value.year, value.month, value.day)
-        if value.tzinfo is None:
-            value = value.replace(tzinfo=datetime.UTC)
-        return format_datetime(value.astimezone(datetime.UTC), usegmt=True)
+        return formatdate(calendar.timegm(value.timetuple()), usegmt=True)
     if isinstance(value, decimal.Decimal | uuid.UUID):
         return str(value)
     raise TypeError(f"JSON cannot hold a {type(value).__name__}")
@@ -862,9 +860,9 @@ class _Hub:
         stream.owner._end("dropped")  # which ends the stream, by the mailbox
 
     def _end_body(self, stream: _Stream) -> None:
-        if stream.is_live and (last := stream.framing(b"")):
+        if stream.is_live:
             stream.pending = stream.pending or deque()
-            stream.pending.append(last)
+            stream.pending.append(stream.framing(b""))
         self._end(stream)
 
     def _end(self, stream: _Stream) -> None:
@@ -1172,9 +1170,9 @@ class EventBouncer:
         _check_integer("history", self.history, 0)
         if self.max_subscribers is not None:
             _check_integer("max_subscribers", self.max_subscribers, 1)
-        if self.heartbeat is not None and not _MIN_HEARTBEAT <= self.heartbeat <= _MAX_HEARTBEAT:
-            expected = f"{_MIN_HEARTBEAT} to {_MAX_HEARTBEAT:,.0f} seconds"
-            raise ValueError(_wrong("heartbeat", expected, self.heartbeat, "use None for never"))
+        _check_heartbeat(self.heartbeat)
+        if not isinstance(self.detach, bool):  # text from the environment, perhaps
+            raise TypeError(_wrong("detach", "True or False", self.detach, "in JSON: true, false"))
         if self.heartbeat_event == "":
             raise ValueError(_wrong("heartbeat_event", "a name", "", "use None for the comment"))
         self._heartbeat_wire = _HEARTBEAT
@@ -1623,9 +1621,11 @@ class EventBouncer:
         return reader
 
     def _is_read_by(self, reader: _RelayReader) -> bool:
-        with self._monitor.lock:  # also of what it has read, for which subscribe() may wait
-            self._monitor.changed.notify_all()
         return self._relay_reader is reader and not self._closed
+
+    def _notify(self) -> None:
+        with self._monitor.lock:
+            self._monitor.changed.notify_all()
 
     def _begin_in_child(self) -> None:
         # Threads and clients are the parent's, and a lock that was held would stay locked for ever.
@@ -1635,9 +1635,8 @@ class EventBouncer:
         for subscription in old:
             subscription._disown(self._monitor)
 
-    def _end_at_exit(self, timeout: float) -> None:
-        self.close()
-        self._monitor.callbacks.wait_until_done(timeout)
+    def _wait_for_callbacks(self, until: float) -> None:
+        self._monitor.callbacks.wait_until_done(until - time.monotonic())
 
 
 _SETTINGS = [field.name for field in dataclasses.fields(EventBouncer)]
@@ -1781,6 +1780,7 @@ class _RelayReader:
             except Exception:
                 logger.exception("unexpected error; the relay's reader goes on")
             self._position = _parse_id(entry[0]) or self._position
+        bouncer._notify()  # subscribe() may wait for this position
 
     def _take_entry(self, bouncer: EventBouncer, entry: _Entry, position: _Id) -> None:
         parsed = _parse_entry(entry)
@@ -1824,6 +1824,16 @@ def _parse_entry(entry: _Entry) -> tuple[_Event, _Id] | None:
 
 def _have_caught_up(late: dict[Subscription, int]) -> bool:
     return all(reader._has_caught_up(since) for reader, since in late.items())
+
+
+def _check_heartbeat(seconds: Any) -> None:
+    if seconds is None:
+        return
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        raise TypeError(_wrong("heartbeat", "a number of seconds", seconds, "use None for never"))
+    if not _MIN_HEARTBEAT <= seconds <= _MAX_HEARTBEAT:
+        expected = f"{_MIN_HEARTBEAT} to {_MAX_HEARTBEAT:,.0f} seconds"
+        raise ValueError(_wrong("heartbeat", expected, seconds, "use None for never"))
 
 
 def _retry_range(retry: Any) -> tuple[int, int] | None:
@@ -2125,6 +2135,8 @@ class _GeneratorBody(_Body):
             for frame in self.frames(iter(self._source)):
                 yield frame.wire
                 has_begun = True
+        except Ended:  # of a subscription that it reads: as if the client had left
+            raise
         except Exception as error:
             if has_begun:
                 yield _FAILED.wire
@@ -2157,19 +2169,23 @@ class _GeneratorBody(_Body):
             next_item = functools.partial(self._in_context, next, items, _NO_ITEM)
             for frame in self.frames(iter(next_item, _NO_ITEM)):
                 _generators.broadcast(frame, channel=subscription.channels[0])
-                self._wait_for_client(subscription)
+                self._wait_for_client(subscription, len(frame.wire))
                 if subscription.ended is not None:  # its client left, or the process ends
                     break
             why = "finished"
+        except Ended:  # of a subscription that it reads
+            why = "closed"
         except Exception:
             logger.exception("a generator failed; its stream is cut off")
             _generators.broadcast(_FAILED, channel=subscription.channels[0])
         finally:
             self._finish(subscription, why)
 
-    def _wait_for_client(self, subscription: Subscription) -> None:
+    def _wait_for_client(self, subscription: Subscription, size: int) -> None:
+        """Wait until not more than some frames, of about this size, are still to be sent."""
+        most = min(_MOST_PENDING, _BACKLOG // size)
         until, pause = time.monotonic() + _STALL_TIME, _POLL_INTERVAL
-        while subscription._behind() > _MOST_PENDING and subscription.ended is None:
+        while subscription._behind() > most and subscription.ended is None:
             if time.monotonic() > until:  # it has not taken a single frame
                 _generators._remove(subscription, "dropped")
             time.sleep(pause)
@@ -2383,8 +2399,11 @@ def _has_descriptors_left() -> bool:
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    with open(os.devnull) as lowest_free:  # so about as many are open
-        return limit == resource.RLIM_INFINITY or lowest_free.fileno() < limit - limit // 10
+    try:
+        with open(os.devnull) as lowest_free:  # so about as many are open
+            return limit == resource.RLIM_INFINITY or lowest_free.fileno() < limit - limit // 10
+    except OSError:
+        return False
 
 
 # =================================================================================================
@@ -2410,11 +2429,14 @@ if hasattr(os, "register_at_fork"):
 
 @atexit.register
 def _end_at_exit() -> None:
-    _generators.close()
+    bouncers = list(_bouncers)  # with the generators', which may read from the others
+    for bouncer in bouncers:
+        bouncer.close()
     until = time.monotonic() + _GENERATOR_EXIT_TIME
     while _running and time.monotonic() < until:
         time.sleep(_POLL_INTERVAL)
-    for bouncer in list(_bouncers):
-        bouncer._end_at_exit(_EXIT_TIME)
+    until = time.monotonic() + _EXIT_TIME
+    for bouncer in bouncers:
+        bouncer._wait_for_callbacks(until)
     for hub in list(_hubs):
         hub.wait_until_behind_at_most(0)
