@@ -1653,17 +1653,19 @@ class _Callbacks:
         self._changed = threading.Condition(lock)
         self._due: deque[Callable[[], object]] = deque()
         self._expected = 0  # how many are still to be called, those of open streams included
+        self._is_running = False
 
     def expect(self) -> None:
         """See to it that there is a thread for one more. RuntimeError if there can be none."""
         with self._changed:
             self._expected += 1
-            is_first = self._expected == 1
-        if is_first:
+            is_running, self._is_running = self._is_running, True
+        if not is_running:
             try:
                 _start_thread(self._run, "sse_bouncer on_close")
             except RuntimeError:
-                self._expected = 0
+                self._is_running = False
+                self._expected -= 1
                 raise
 
     def call(self, on_close: Callable[[], object]) -> None:
@@ -1676,8 +1678,7 @@ class _Callbacks:
             self._changed.wait_for(lambda: not self._expected, timeout)
 
     def _run(self) -> None:
-        is_last = False
-        while not is_last:
+        while self._is_running:
             with self._changed:
                 self._changed.wait_for(lambda: self._due)
                 on_close = self._due.popleft()
@@ -1688,7 +1689,7 @@ class _Callbacks:
             del on_close  # and with it the context of the view
             with self._changed:  # in one step with the look, or the next one had no thread
                 self._expected -= 1
-                is_last = self._expected == 0
+                self._is_running = self._expected > 0
                 self._changed.notify_all()
 
 
@@ -2008,7 +2009,7 @@ class _Body(abc.ABC):
         self._environ = _environ()
         connection = _connection_of(self._environ)
         self._takeover = _Takeover.of(self._environ, connection) if detach else None
-        self._connection: Any = connection.socket if connection is not None else None
+        self._connection: Any = getattr(connection, "socket", None)
         # Whether the server takes a broken pipe for a client that has left, so that a body can be
         # broken off without noise. It then also waits for clients, with a timeout that can be set.
         self._may_break_off = connection is not None and connection.waits_for_client
