@@ -11,7 +11,8 @@ With ``bouncer = EventBouncer()`` one view returns ``bouncer.stream()``, and ano
     6. RESPONSE     a stream as a Flask response: ``sse_response``
 
 A room calls only the rooms above it. There are two exceptions: ``EventBouncer.stream`` calls room
-6, and a stream of the hub tells its owner, in room 5, that it has ended.
+6, and the hub tells a stream's subscription, in room 5, that it has ended. A name with an
+underscore belongs to its room, but room 6 also uses those of `EventBouncer` and `Subscription`.
 
 Four words are used throughout. A *reader* is a subscription from which code takes frames by
 ``get()``. A *detached* stream is a client's connection that was taken over from the server: the hub
@@ -92,7 +93,7 @@ def _check_integer(name: str, value: object, least: int) -> int:
 
 
 class _Forked(BaseException):
-    """Ends a greenlet in a forked child, to which it does not belong."""
+    """Raised in a greenlet of the parent's, in a forked child."""
 
 
 _greenlets: weakref.WeakSet[Any] = weakref.WeakSet()  # gevent's, of the threads of this file
@@ -107,7 +108,8 @@ def _start_thread(run: Callable[[], None], name: str) -> None:
             _greenlets.add(sys.modules["gevent"].getcurrent())
         with contextlib.suppress(_Forked):
             run()
-        while os.getpid() != process:  # threading has forgotten this greenlet: it must not end
+        # After a fork threading knows nothing of this greenlet, and fails if it ends.
+        while os.getpid() != process:
             with contextlib.suppress(_Forked):
                 threading.Event().wait()
 
@@ -298,14 +300,14 @@ _MAX_CHANNELS = 10_000  # of which a history knows what it no longer keeps
 
 _Id = tuple[int, int]  # for Redis: milliseconds, and a sequence number within them
 _NO_ID: _Id = (0, 0)  # before the ids of all events
-_EARLIEST: _Id = (-2, 0)  # stands for a client that wants everything that is kept
-_FOREIGN_ID: _Id = (-1, 0)  # stands for a text that is no id of ours, which no event ever has
+_EARLIEST: _Id = (-2, 0)  # given instead of an id by a client that wants everything that is kept
+_FOREIGN_ID: _Id = (-1, 0)  # given for a text that is no id of ours: no event has this one
 # A header is a stranger's text, and int() alone reads much more than this: "１", and "1_0".
 _ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})", re.ASCII)
 
 
-def _parse_id(text: str) -> _Id | None:
-    match = _ID.fullmatch(text)
+def _parse_id(text: object) -> _Id | None:
+    match = _ID.fullmatch(text) if isinstance(text, str) else None
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -339,7 +341,7 @@ class _History:
         self.newest = event.id
         if event.frame is None:  # the end of streams has an id, but there is nothing to replay
             return
-        if len(self._events) == self._events.maxlen:
+        if len(self._events) == self._events.maxlen:  # which may be 0: then it forgets this one
             self._forget(self._events[0] if self._events else event)
         self._events.append(event)
 
@@ -351,7 +353,7 @@ class _History:
 
     def knows(self, id: _Id) -> bool:
         """Return whether the event of this id is one that has been here."""
-        # Ids between the floor and the first event are of a stream that was deleted.
+        # An id between the floor and the first event is of a stream that was deleted in the relay.
         is_since_then = self._first is not None and self._first <= id <= self.newest
         return is_since_then or id == self._floor
 
@@ -493,11 +495,12 @@ class RedisRelay:
 
 
 def _redis_py_version(client: object) -> tuple[float, float]:
-    """Return major and minor; of another package's client, a version after all."""
+    """Return major and minor; of a client of another package, a version later than all."""
     package, _, _ = type(client).__module__.partition(".")
     version = re.match(r"(\d+)\.(\d+)", getattr(sys.modules.get(package), "__version__", ""))
-    is_redis_py = package == "redis" and version is not None
-    return (int(version[1]), int(version[2])) if is_redis_py and version else (math.inf, 0)
+    if package != "redis" or version is None:
+        return math.inf, 0
+    return int(version[1]), int(version[2])
 
 
 def _decoded(value: bytes | str) -> str:
@@ -508,10 +511,11 @@ def _decoded(value: bytes | str) -> str:
 # =================================================================================================
 # 4. HUB
 # One thread that sends to many connections. It knows a client as a descriptor, what it sends as
-# bytes, and a channel as a name. Its interface is `send`, `attach` and `end`, which the bouncer
-# calls under its lock; they are put into a mailbox, and the hub does them in that order.
-# Everything else belongs to the hub's thread and needs no lock. That thread alone closes a
-# descriptor, after it has forgotten it: a reused number gets no other client's frames.
+# bytes, and a channel as a name. The bouncer calls `send`, `attach`, `end` and `retire` under its
+# lock, and `start` and `wait_while_behind` without it. The first three are put into a mailbox, and
+# the hub's thread does them in that order. Everything else belongs to that thread and needs no
+# lock. It alone closes a descriptor, after it has forgotten it: a reused number gets no other
+# client's frames.
 
 _SEND_BUFFER = 64 * 1024  # bytes that a connection holds in the kernel; its default is megabytes
 _BACKLOG = 64 * 1024  # bytes of frames that may wait for the hub before publishers do
@@ -532,12 +536,6 @@ _EXIT_TIME = 1.0  # seconds that a process which ends gives its hubs and callbac
 _Framing = Callable[[bytes], bytes]  # what to send for a frame; for b"", what ends the body
 
 
-class _Owner(Protocol):
-    """Whose stream it is, and who is told that it has ended."""
-
-    def _end(self, why: str) -> None: ...
-
-
 @dataclasses.dataclass(slots=True, eq=False)
 class _Stream:
     """A client's connection, and what it has still to get. Once attached, it is the hub's own."""
@@ -545,11 +543,11 @@ class _Stream:
     descriptor: int  # -1 once it is closed
     framing: _Framing
     input_left: int  # how many bytes of its client's input are ignored
-    owner: _Owner
-    channels: tuple[str, ...]
+    pending: deque[bytes | memoryview] | None  # framed; None if it is not behind
+    channels: tuple[str, ...] = ()
+    tell: Callable[[str], None] | None = None  # called with the reason when the hub ends it
     is_live: bool = False  # it is to get what is sent
     limit: int = 0  # how many frames may be pending
-    pending: deque[bytes | memoryview] | None = None  # framed; None if it is not behind
 
 
 class _Message(NamedTuple):
@@ -562,7 +560,7 @@ class _Command(NamedTuple):
     stream: _Stream
 
 
-_hubs: set[_Hub] = set()  # whose threads run
+_hubs: set[_Hub] = set()  # those that hold descriptors
 
 
 class _Hub:
@@ -574,14 +572,15 @@ class _Hub:
         self._heartbeat_wire = heartbeat_wire
         self._mailbox: deque[_Message | _Command] = deque()
         self._is_woken = False  # a byte is in the pipe, or the hub is about to look anyway
-        self._is_retired = False  # the pipe has been closed: it ends with the last of its streams
-        # Bytes of frames: queued ones are counted under the bouncer's lock, sent ones by the hub.
+        self._is_retired = False  # the pipe has been closed: the thread ends with its last stream
+        # Bytes of frames: those put into the mailbox are counted under the bouncer's lock, those
+        # that were sent by the hub's thread.
         self._queued_bytes = self._sent_bytes = 0
         # The live streams by framing and channel, and for None those of any channel.
         self._groups: dict[tuple[_Framing, str | None], dict[_Stream, None]] = {}
         self._framings: set[_Framing] = set()
         self._deadlines: dict[_Stream, float] = {}  # of those over their limit, or ending
-        self._heartbeat_at = math.inf  # when all streams that are silent get a heartbeat
+        self._heartbeat_at = math.inf  # when all streams that are not behind get a heartbeat
         self._rested_at = self._busy_time = 0.0  # when it last did its mail, and how long it took
         self._thread: int | None = None
         self._send_to_all = _sender()
@@ -589,6 +588,7 @@ class _Hub:
         self._wakeup_read, self._wakeup_write = os.pipe()
         os.set_blocking(self._wakeup_read, False)
         self._selector.register(self._wakeup_read, selectors.EVENT_READ)
+        _hubs.add(self)
 
     def start(self) -> None:
         """Start the thread. Called once, without the lock: starting yields to other greenlets.
@@ -596,7 +596,6 @@ class _Hub:
         If it cannot be started, streams get what they have still to get as far as they take it
         now, and end.
         """
-        _hubs.add(self)
         try:
             _start_thread(self._run, "sse_bouncer")
             return
@@ -613,10 +612,10 @@ class _Hub:
         self._queued_bytes += len(wire)
         self._post(_Message(channel, wire))
 
-    def attach(self, stream: _Stream, first: list[bytes]) -> None:
-        """Let a stream in. It gets ``first``, framed already, then what is sent from now on."""
-        stream.pending = deque(first)
-        stream.limit = self._maxsize + len(first)
+    def attach(self, stream: _Stream, held: Iterable[bytes]) -> None:
+        """Let a stream in. After what is pending it gets these frames, then what is sent."""
+        stream.pending = deque([*(stream.pending or ()), *map(stream.framing, held)])
+        stream.limit = self._maxsize + len(stream.pending)
         self._post(_Command(self._attach, stream))
 
     def end(self, stream: _Stream, is_meant: bool) -> None:
@@ -632,12 +631,12 @@ class _Hub:
         descriptor, self._wakeup_write = self._wakeup_write, -1
         os.close(descriptor)
 
-    def wait_until_behind_at_most(self, size: int) -> None:
-        """Wait, but not for ever, until no more bytes of frames than this are left to send."""
+    def wait_while_behind(self) -> None:
+        """Wait, but not for ever, while too many bytes of frames are left to send."""
         if threading.get_ident() == self._thread:  # a finaliser that broadcasts would wait in vain
             return
         until = time.monotonic() + _MAX_LAG
-        while self._queued_bytes - self._sent_bytes > size and time.monotonic() < until:
+        while self._queued_bytes - self._sent_bytes > _BACKLOG and time.monotonic() < until:
             time.sleep(_POLL_INTERVAL)
 
     def close_in_child(self) -> None:
@@ -703,10 +702,11 @@ class _Hub:
     def _gather(self) -> None:
         """Under load, wait for what publishers are about to add, to send it all in one go.
 
-        With 1,000 streams it raised 0.63 to 0.82 million deliveries per second.
+        It stops when a pause has brought nothing new. With 1,000 streams it raised 0.63 to 0.82
+        million deliveries per second.
         """
         began, seen = time.monotonic(), 0
-        is_loaded = began - self._rested_at < self._busy_time  # it has rested less than worked
+        is_loaded = began - self._rested_at < self._busy_time  # the last rest was shorter than work
         until = began + self._busy_time  # never longer than what it saves
         while is_loaded and seen < len(self._mailbox) and time.monotonic() < until:
             seen = len(self._mailbox)
@@ -730,8 +730,8 @@ class _Hub:
         if now >= self._heartbeat_at:
             for framing in self._framings:
                 streams = self._groups.get((framing, None), ())
-                silent = [stream for stream in streams if stream.pending is None]
-                self._send_to(silent, [framing(self._heartbeat_wire)])
+                clear = [stream for stream in streams if stream.pending is None]
+                self._send_to(clear, [framing(self._heartbeat_wire)])
             self._heartbeat_at = now + self._heartbeat if self._groups else math.inf
         for stream in [stream for stream, at in self._deadlines.items() if now >= at]:
             if stream.is_live:
@@ -768,7 +768,7 @@ class _Hub:
             self._sent_bytes += sum(len(message.wire) for message in messages)
 
     def _send_framed(self, framing: _Framing, messages: list[tuple[str | None, bytes]]) -> None:
-        # Streams that have the same channels get the same.
+        # First the streams of the named channels: those that have the same channels get the same.
         alike: dict[tuple[str, ...], dict[_Stream, None]] = {}
         for name in {name for name, _ in messages if name is not None}:
             for stream in self._groups.get((framing, name), ()):
@@ -776,6 +776,7 @@ class _Hub:
         for channels, streams in alike.items():
             wires = [wire for name, wire in messages if name is None or name in channels]
             self._send_to(list(streams), wires)
+        # Then all others, which get only what is for everyone.
         if to_all := [wire for name, wire in messages if name is None]:
             rest = list(self._groups.get((framing, None), ()))
             if alike:
@@ -791,10 +792,10 @@ class _Hub:
             clear = [s for s in batch if s.pending is None]
             behind = [s for s in batch if s.pending is not None] if len(clear) < len(batch) else []
             taken = self._send_to_all([s.descriptor for s in clear], data)
-            if taken.count(len(data)) < len(clear):
+            if taken.count(len(data)) < len(clear):  # mostly all of them have taken everything
                 for stream, count in zip(clear, taken, strict=True):
                     if count < len(data):
-                        self._guard(self._hold, stream, wires, max(count, 0))
+                        self._guard(self._hold, stream, wires, max(count, 0))  # -1 is an error
             for stream in behind:
                 self._guard(self._hold, stream, wires, 0)
             # The interpreter switches threads by itself, every 5 milliseconds; gevent does not.
@@ -851,13 +852,13 @@ class _Hub:
         else:
             stream.pending = None
             stream.limit = self._maxsize
-            if not stream.is_live:
+            if not stream.is_live:  # a socket object closes what it owns, so it gets a duplicate
                 with _socket_of(os.dup(stream.descriptor)) as connection:
                     connection.shutdown(socket.SHUT_WR)
         self._selector.modify(stream.descriptor, events, stream)
 
     def _drop(self, stream: _Stream) -> None:
-        stream.owner._end("dropped")  # which ends the stream, by the mailbox
+        self._tell(stream, "dropped")  # which ends the stream, by the mailbox
 
     def _end_body(self, stream: _Stream) -> None:
         if stream.is_live:
@@ -890,7 +891,11 @@ class _Hub:
         # Closing alone tells the client nothing if the process has just been forked.
         with contextlib.suppress(OSError), _socket_of(descriptor) as connection:
             connection.shutdown(socket.SHUT_RDWR)
-        stream.owner._end("its client left")
+        self._tell(stream, "its client left")
+
+    def _tell(self, stream: _Stream, why: str) -> None:
+        if stream.tell is not None:
+            stream.tell(why)
 
 
 def _socket_of(descriptor: int) -> socket.socket:
@@ -927,7 +932,7 @@ def _sender() -> Callable[[list[int], bytes], list[int]]:
 # 5. FAN-OUT
 # Every event to every subscriber, in one order, through a bounded queue for each. A subscriber that
 # falls behind is dropped: its stream ends after what it holds, and with a history it comes back and
-# gets what it missed. No HTTP and no socket in here, and no bytes of a stream but frames.
+# gets what it missed. No HTTP in here, no socket, and no bytes of a stream.
 #
 # What ends a stream, always by `EventBouncer._remove`, and what its client sees of it:
 #
@@ -957,7 +962,7 @@ class Ended(BrokenPipeError):
 
 
 class _Monitor:
-    """A bouncer's lock, and the condition that tells others of what was done under it."""
+    """A bouncer's lock, and those that wait for what is done under it."""
 
     def __init__(self) -> None:
         # The lock guards everything mutable in a bouncer and its subscriptions, and puts events in
@@ -985,14 +990,14 @@ class Subscription:
     maxsize: int  #: How many frames it holds at most.
     _bouncer: EventBouncer
     _monitor: _Monitor  # the bouncer's, which guards everything in here
-    _newest: _Id  # the id of the newest event from before it
+    _begins_after: _Id  # the id of the newest event from before it
     _is_opening: bool  # its server has yet to begin with it, so no publisher waits
     gap: bool = False  #: Whether something it asked for is no longer kept; see `subscribe`.
     ended: str | None = None  #: Why it has ended; None while it is live.
     _frames: deque[Frame] = dataclasses.field(default_factory=deque)
     _replay: int = 0  # how many frames of those it holds are what it missed, and do not count
     _emptied: int = 0  # how often the queue has been emptied
-    _lag: float = 0.0  # seconds that broadcasts have waited since then
+    _late_at: float | None = None  # when a broadcast first found it full since then
     _ready: threading.Condition | None = None  # for which its reader waits
     _is_streamed: bool = False  # a response streams it
     _stream: _Stream | None = None  # the client's, once it is detached
@@ -1074,10 +1079,12 @@ class Subscription:
         if why == "dropped":
             logger.debug("dropped: a client of %s, %d frames behind", self.channels, behind)
 
-    # What follows is the bouncer's, and called with the lock held.
-
     def _behind(self) -> int:
-        return len((self._frames if self._stream is None else self._stream.pending) or ())
+        """Return how many frames are still to be taken; of a detached stream, about how many."""
+        stream = self._stream
+        return len((self._frames if stream is None else stream.pending) or ())
+
+    # What follows is the bouncer's, and called with the lock held.
 
     def _hold(self, frames: list[Frame]) -> None:
         """Put frames that do not count before those that it holds."""
@@ -1093,7 +1100,7 @@ class Subscription:
         self._replay = max(0, self._replay - 1)
         if not self._frames:
             self._emptied += 1
-            self._lag = 0.0
+            self._late_at = None
             self._monitor.changed.notify_all()
         return frame
 
@@ -1103,21 +1110,20 @@ class Subscription:
 
     def _late_since(self) -> int | None:
         """Return how often it has been emptied, if it is full and worth a wait; else None."""
-        is_late = self.full() and not self._is_opening and self._lag < _MAX_LAG
-        return self._emptied if is_late else None
+        if self._is_opening or not self.full():
+            return None
+        self._late_at = self._late_at or time.monotonic()
+        return self._emptied if time.monotonic() < self._late_at + _MAX_LAG else None
 
     def _has_caught_up(self, since: int) -> bool:
         return self._emptied > since or self.ended is not None
 
-    def _note_lag(self, since: int, seconds: float) -> None:
-        if self._emptied == since:
-            self._lag += seconds
-
     def _detach(self, stream: _Stream) -> list[bytes]:
-        """Become a stream of the hub. Return what was held, as its connection gets it."""
+        """Become a stream of the hub. Return the frames that it held."""
         held, self._frames = self._frames, _NO_FRAMES
         self._stream = stream if self.ended is None else None
-        return [stream.framing(frame.wire) for frame in held]
+        stream.channels, stream.tell = self.channels, self._end
+        return [frame.wire for frame in held]
 
     def _mark_ended(self, why: str) -> Callable[[], object] | None:
         """Return what is to be called because of it."""
@@ -1192,12 +1198,12 @@ class EventBouncer:
 
     def _begin_in_process(self) -> None:
         self._made: dict[str, _Monitor] = {}  # see _monitor
-        # Read by get(): hundreds at most, as each holds a thread. If a view fails and its
-        # subscription is never read, it fills up and is dropped.
+        # Those that code reads by get(): hundreds at most, as each holds a thread. If a view fails
+        # and its subscription is never read, it fills up and is dropped.
         self._readers: weakref.WeakKeyDictionary[Subscription, None] = weakref.WeakKeyDictionary()
-        self._detached: set[Subscription] = set()  # the hub's: thousands
+        self._detached: set[Subscription] = set()  # of the hub's streams: there may be thousands
         self._hub: _Hub | None = None  # there is one while there are detached streams
-        self._is_attaching = False  # a stream to the hub, which has to stay
+        self._is_attaching = False  # a stream is given to the hub, which must not be retired now
         self._relay_reader: _RelayReader | None = None  # made for the first subscriber
         self._publishes_into_nothing = False
         self._counts = {"events": 0, "dropped": 0, "refused": 0, "gaps": 0}
@@ -1341,11 +1347,11 @@ class EventBouncer:
         What was broadcast before is still delivered. With a relay this is for all processes; if
         the relay fails, it is for this one, and the relay's error is raised.
         """
-        names = {_check_channel(name) for name in channels}
+        names = [_check_channel(name) for name in channels]
         try:
             while self.relay is not None and names:
-                self.relay.publish(min(names), None)
-                names.discard(min(names))
+                self.relay.publish(names[-1], None)
+                names.pop()
         finally:
             self._disconnect(names)
 
@@ -1417,7 +1423,7 @@ class EventBouncer:
     ) -> Subscription:
         names = tuple(dict.fromkeys(_check_channel(name) for name in channels))
         reader = self._start_relay_reader()
-        if reader is not None and seen is not None and reader.is_behind(seen):
+        if reader is not None and seen is not None and reader.has_yet_to_read(seen):
             with self._monitor.lock:
                 self._monitor.changed.wait_for(lambda: reader.has_passed(seen), _RELAY_WAIT)
         with self._monitor.lock:
@@ -1446,8 +1452,10 @@ class EventBouncer:
         if missed is None:
             subscription.gap = True
             self._counts["gaps"] += 1
-            gap = _with_id(_GAP, _id_text(self._history.complete_since(channels)))
-            missed = [] if wants_snapshot else [gap, *self._history.kept(channels)]
+            missed = []
+            if not wants_snapshot:
+                gap = _with_id(_GAP, _id_text(self._history.complete_since(channels)))
+                missed = [gap, *self._history.kept(channels)]
         subscription._hold(missed)
 
     def _refuse(self, expected: str, given: str) -> NoReturn:
@@ -1461,8 +1469,10 @@ class EventBouncer:
         if state is None:
             raise ValueError(_wrong("snapshot", "the state", state, "return something to send"))
         frame = self._format(state, None if isinstance(state, Frame) else "snapshot")
-        if self._gives_ids:  # so that a client which leaves right after it gets what came meanwhile
-            frame = _with_id(frame, _id_text(subscription._newest))
+        if self._gives_ids:
+            # A client that leaves right after the snapshot comes back with this id, and then gets
+            # what was broadcast while it was made.
+            frame = _with_id(frame, _id_text(subscription._begins_after))
         with self._monitor.lock:
             subscription._hold([frame])
 
@@ -1474,20 +1484,21 @@ class EventBouncer:
             else:  # it was dropped, or closed, a moment ago
                 self._monitor.callbacks.call(on_close)
 
-    def _attach(self, subscription: Subscription, stream: _Stream, head: bytes) -> None:
+    def _attach(self, subscription: Subscription, stream: _Stream) -> None:
         """Give a subscription with a reader, and its client's connection, to the hub.
 
         If there can be no hub, OSError is raised, and nothing has changed.
         """
         with self._monitor.lock:
             is_new = self._hub is None
-            hub = self._hub = self._hub or _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
-            # Or a signal handler that closes would retire the hub. It finds the subscription among
-            # these or those, and ends it, but not its stream.
+            hub = self._hub or _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
+            # First, so that a signal handler which closes cannot retire the hub from here on. It
+            # can end the subscription, but not the stream, which it does not know yet.
             self._is_attaching = True
+            self._hub = hub
             self._detached.add(subscription)
             self._readers.pop(subscription, None)
-            hub.attach(stream, [head, *subscription._detach(stream)])
+            hub.attach(stream, subscription._detach(stream))
             if subscription.ended is not None:  # by that signal handler, or since it subscribed
                 self._detached.discard(subscription)
                 hub.end(stream, subscription.ended in _MEANT_ENDS)
@@ -1513,11 +1524,10 @@ class EventBouncer:
             if on_close is not None:
                 self._monitor.callbacks.call(on_close)
             self._readers.pop(subscription, None)
-            if subscription in self._detached:
-                self._detached.discard(subscription)
-                if self._hub is not None and stream is not None:
-                    self._hub.end(stream, why in _MEANT_ENDS)
-                self._retire_hub_if_idle()
+            if self._hub is not None and stream is not None:
+                self._hub.end(stream, why in _MEANT_ENDS)  # before a signal handler can retire it
+            self._detached.discard(subscription)
+            self._retire_hub_if_idle()
             self._monitor.changed.notify_all()
 
     # What delivers events. The relay's reader calls the first three, too.
@@ -1525,32 +1535,30 @@ class EventBouncer:
     def _deliver(
         self,
         channel: str | None,
-        frame: Frame,
+        frame: Frame | None,
         id: _Id | None = None,
         source: _RelayReader | None = None,
     ) -> None:
         with self._monitor.lock:
             self._wait_for_slow_readers(channel)
-            if source is not self._relay_reader:  # it read on while init_app() began anew
+            # Without a relay both are None. Else init_app() may have replaced the reader meanwhile.
+            if source is not self._relay_reader:
                 return
-            if id is None and self._gives_ids:
+            if id is None and self._gives_ids and frame is not None:
                 id = (self._history.newest[0], self._history.newest[1] + 1)
                 frame = _with_id(frame, _id_text(id))
             if id is not None:
                 self._history.keep(_Event(id, channel, frame))
+            if frame is None:  # the end of the channel's streams
+                self._disconnect({channel})
+                return
             self._counts["events"] += 1
             dropped = self._fan_out(channel, frame)
             hub = self._hub
         for reader in dropped:
             logger.debug("dropped: a reader of %s, %d behind", reader.channels, reader.qsize())
         if hub is not None:
-            hub.wait_until_behind_at_most(_BACKLOG)
-
-    def _deliver_end(self, channel: str, id: _Id, source: _RelayReader) -> None:
-        with self._monitor.lock:
-            if source is self._relay_reader:
-                self._history.keep(_Event(id, channel, None))
-                self._disconnect({channel})
+            hub.wait_while_behind()
 
     def _begin_after(self, floor: _Id, events: list[_Event], source: _RelayReader) -> None:
         """Begin the history anew, and tell every stream that it may have missed something."""
@@ -1566,7 +1574,7 @@ class EventBouncer:
 
     def _fan_out(self, channel: str | None, frame: Frame) -> list[Subscription]:
         """Put a frame into every queue. Return the readers that had no room, and are dropped."""
-        if self._hub is not None and self._detached:
+        if self._hub is not None:
             self._hub.send(channel, frame.wire)
         dropped = []
         for reader in self._audience(channel):
@@ -1591,16 +1599,13 @@ class EventBouncer:
             late = {r: n for r in self._audience(channel) if (n := r._late_since()) is not None}
             if not late:
                 return
-            began = time.monotonic()
             have_caught_up = functools.partial(_have_caught_up, late)
             if not self._monitor.changed.wait_for(have_caught_up, _GRACE / _LOOKS):
                 looks -= 1
-            for reader, since in late.items():
-                reader._note_lag(since, time.monotonic() - began)
 
-    def _disconnect(self, channels: set[str]) -> None:
+    def _disconnect(self, channels: Iterable[str | None]) -> None:
         for subscription in self.subscribers:
-            if not channels.isdisjoint(subscription.channels):
+            if not set(channels).isdisjoint(subscription.channels):
                 self._remove(subscription, "disconnected")
 
     # What belongs to the relay, to a forked child, and to the end of the process.
@@ -1713,7 +1718,7 @@ class _RelayReader:
     def has_passed(self, id: _Id) -> bool:
         return self._position is not None and self._position >= id
 
-    def is_behind(self, id: _Id) -> bool:
+    def has_yet_to_read(self, id: _Id) -> bool:
         """Return whether the relay has an entry of this id, or a later one, that is still to come.
 
         An id is a stranger's text, so nobody waits for one that the relay does not have, or cannot
@@ -1738,7 +1743,7 @@ class _RelayReader:
         return any((_parse_id(entry[0]) or _NO_ID) >= id for entry in newest)
 
     def run(self) -> None:
-        pause, has_failed = 0.0, False
+        pause, has_failed = _FIRST_PAUSE, False
         while (bouncer := self._bouncer()) is not None and bouncer._is_read_by(self):
             count = bouncer.history or 1
             del bouncer  # nothing may hold it while the relay is waited for
@@ -1750,7 +1755,7 @@ class _RelayReader:
                     entries = self._relay.read(_id_text(position), _READ_TIMEOUT)
             except Exception as error:
                 self._is_in_contact = False
-                pause = min(2 * pause or _FIRST_PAUSE, _LAST_PAUSE)
+                pause = min(2 * pause, _LAST_PAUSE)
                 if not has_failed:
                     what = f"{type(error).__name__}: {error}"
                     logger.warning("the relay cannot be read; trying until it can: %s", what)
@@ -1758,11 +1763,10 @@ class _RelayReader:
             else:
                 self._is_in_contact = True
                 self._take(entries)
-                pause, has_failed = 0.0, False
+                pause, has_failed = _FIRST_PAUSE, False
             self._has_tried.set()
-            if self._position == position and time.monotonic() < began + _FIRST_PAUSE:
-                pause = pause or _FIRST_PAUSE  # a relay that does not block is not asked on and on
-            time.sleep(pause * random.uniform(0.5, 1))
+            if self._position == position and time.monotonic() < began + pause:
+                time.sleep(pause * random.uniform(0.5, 1))  # it failed, or its read() did not wait
 
     def _take(self, entries: list[_Entry]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
@@ -1773,7 +1777,7 @@ class _RelayReader:
             parsed = [each for entry in entries if (each := _parse_entry(entry)) is not None]
             floor = parsed[0][1] if parsed else _NO_ID
             bouncer._begin_after(floor, [event for event, _ in parsed], self)
-            self._position = _parse_id(entries[-1][0]) if entries else _NO_ID
+            self._position = (_parse_id(entries[-1][0]) if entries else None) or _NO_ID
             return
         for entry in entries:
             try:
@@ -1791,10 +1795,7 @@ class _RelayReader:
         if after != position:
             logger.warning("events were lost in the relay before this process read them")
             bouncer._begin_after(_floor_after_loss(event.id, after, position), [], self)
-        if event.frame is not None:
-            bouncer._deliver(event.channel, event.frame, event.id, self)
-        elif event.channel is not None:
-            bouncer._deliver_end(event.channel, event.id, self)
+        bouncer._deliver(event.channel, event.frame, event.id, self)
 
 
 def _floor_after_loss(id: _Id, after: _Id, position: _Id) -> _Id:
@@ -1999,8 +2000,8 @@ class _Body(abc.ABC):
     """What a server iterates, and closes.
 
     It is an object, because a generator that was never started has no ``finally`` to run. If a
-    server breaks a request off and never calls close(), it still forgets the body, to which nothing
-    in it refers.
+    server breaks a request off without close(), it still drops the body. Nothing that the body
+    holds refers back to it, so it is freed, and closed, at once.
     """
 
     opening: bytes  # what is sent at once, so that a page's onopen fires; b"" to send nothing
@@ -2009,16 +2010,30 @@ class _Body(abc.ABC):
         self._environ = _environ()
         connection = _connection_of(self._environ)
         self._takeover = _Takeover.of(self._environ, connection) if detach else None
-        self._connection: Any = getattr(connection, "socket", None)
-        # Whether the server takes a broken pipe for a client that has left, so that a body can be
-        # broken off without noise. It then also waits for clients, with a timeout that can be set.
-        self._may_break_off = connection is not None and connection.waits_for_client
+        # The connection, if its server blocks in sends: then a timeout can be set, and a body can
+        # be broken off without noise, because that server takes a broken pipe for a lost client.
+        waits = connection is not None and connection.waits_for_client
+        self._blocking: Any = connection.socket if connection is not None and waits else None
         self._is_detached = False
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            yield from self._items()
-        except BaseException:  # or what has failed would stay until a traceback is forgotten
+            # Flask forgets a request when its view and its after_request functions are over. If
+            # they read the body themselves, there is no server that could be waited for.
+            is_in_view = self._environ.get("werkzeug.request") is not None
+            if self._takeover is not None and not is_in_view and self._takeover.begin():
+                yield self.opening
+                self._is_detached = self._takeover.detach(self)
+                if self._is_detached:
+                    return
+            elif self.opening:
+                yield self.opening
+            for wire in self.served(is_in_view):
+                if self._blocking is not None:
+                    # Or a client that stops reading would hold this thread for ever.
+                    self._blocking.settimeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
+                yield wire
+        except BaseException:  # at once: a traceback would keep a body that has failed
             self.close()
             raise
 
@@ -2027,35 +2042,18 @@ class _Body(abc.ABC):
             self._takeover.close()
         if not self._is_detached:
             self.release()
-        if self._may_break_off:
+        if self._blocking is not None:
             with contextlib.suppress(OSError):  # the server has closed it
-                self._connection.settimeout(None)
+                self._blocking.settimeout(None)
 
     __del__ = close
-
-    def _items(self) -> Iterator[bytes]:
-        # Flask forgets a request when its view and its after_request functions are over. If they
-        # read the body themselves, there is no server that could be waited for.
-        is_in_view = self._environ.get("werkzeug.request") is not None
-        if self._takeover is not None and not is_in_view and self._takeover.begin(self.opening):
-            yield self.opening
-            self._is_detached = self._takeover.detach(self)
-            if self._is_detached:
-                return
-        elif self.opening:
-            yield self.opening
-        for wire in self.served(is_in_view):
-            if self._may_break_off:
-                # Or a client that stops reading would hold this thread for ever.
-                self._connection.settimeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
-            yield wire
 
     @abc.abstractmethod
     def served(self, is_in_view: bool) -> Iterator[bytes]:
         """Yield what goes through the server, after the opening."""
 
     @abc.abstractmethod
-    def attach(self, descriptor: int, framing: _Framing, input_left: int, head: bytes) -> None:
+    def attach(self, stream: _Stream) -> None:
         """Have a hub send from now on. Refused or OSError if that cannot be."""
 
     @abc.abstractmethod
@@ -2087,14 +2085,12 @@ class _SubscriptionBody(_Body):
                     raise RuntimeError(_wrong("stream", "a client", given, advice)) from None
                 yield self._bouncer._heartbeat_wire
             except Ended:
-                if self._may_break_off and self._subscription.ended not in _MEANT_ENDS:
+                if self._blocking is not None and self._subscription.ended not in _MEANT_ENDS:
                     raise
                 return
 
-    def attach(self, descriptor: int, framing: _Framing, input_left: int, head: bytes) -> None:
-        subscription = self._subscription
-        stream = _Stream(descriptor, framing, input_left, subscription, subscription.channels)
-        self._bouncer._attach(subscription, stream, head)
+    def attach(self, stream: _Stream) -> None:
+        self._bouncer._attach(self._subscription, stream)
 
     def release(self) -> None:
         self._bouncer._remove(self._subscription, "its client left")
@@ -2141,15 +2137,14 @@ class _GeneratorBody(_Body):
         except Exception as error:
             if has_begun:
                 yield _FAILED.wire
-            if not has_begun or not self._may_break_off:
+            if not has_begun or self._blocking is None:
                 raise
             logger.exception("a generator failed; its stream is cut off")
             raise Ended(errno.EPIPE, "its generator has failed") from error
 
-    def attach(self, descriptor: int, framing: _Framing, input_left: int, head: bytes) -> None:
+    def attach(self, stream: _Stream) -> None:
         subscription = _generators.subscribe(str(next(_numbers)))  # Refused if there are too many
-        stream = _Stream(descriptor, framing, input_left, subscription, subscription.channels)
-        _generators._attach(subscription, stream, head)
+        _generators._attach(subscription, stream)
         _running.add(self)
         try:
             _start_thread(functools.partial(self._run, subscription), "sse_bouncer generator")
@@ -2166,9 +2161,7 @@ class _GeneratorBody(_Body):
     def _run(self, subscription: Subscription) -> None:
         why = "failed"
         try:
-            items = self._in_context(iter, self._source)
-            next_item = functools.partial(self._in_context, next, items, _NO_ITEM)
-            for frame in self.frames(iter(next_item, _NO_ITEM)):
+            for frame in self.frames(self._items_in_context()):
                 _generators.broadcast(frame, channel=subscription.channels[0])
                 self._wait_for_client(subscription, len(frame.wire))
                 if subscription.ended is not None:  # its client left, or the process ends
@@ -2182,10 +2175,16 @@ class _GeneratorBody(_Body):
         finally:
             self._finish(subscription, why)
 
+    def _items_in_context(self) -> Iterator[object]:
+        items = self._in_context(iter, self._source)
+        while (item := self._in_context(next, items, _NO_ITEM)) is not _NO_ITEM:
+            yield item
+
     def _wait_for_client(self, subscription: Subscription, size: int) -> None:
         """Wait until not more than some frames, of about this size, are still to be sent."""
         most = min(_MOST_PENDING, _BACKLOG // size)
-        until, pause = time.monotonic() + _STALL_TIME, _POLL_INTERVAL
+        until = time.monotonic() + _STALL_TIME * (1 + size // _SEND_BUFFER)
+        pause = _POLL_INTERVAL
         while subscription._behind() > most and subscription.ended is None:
             if time.monotonic() > until:  # it has not taken a single frame
                 _generators._remove(subscription, "dropped")
@@ -2204,9 +2203,9 @@ class _GeneratorBody(_Body):
 class _Connection(NamedTuple):
     """A connection that a server hands out."""
 
-    socket: Any  # the server's own object; None if it gives only the descriptor
+    socket: Any  # the server's own object; None if the server gives only the descriptor
     descriptor: int
-    waits_for_client: bool  # sends of the server block, and a broken pipe is nothing new to it
+    waits_for_client: bool  # the server's sends block; a broken pipe is a client that left to it
 
 
 def _connection_of(environ: Mapping[str, Any]) -> _Connection | None:
@@ -2260,7 +2259,6 @@ class _Takeover:
         self._input_left = _MAX_INPUT + (int(length) if _NUMBER.fullmatch(length) else 0)
         if "HTTP_TRANSFER_ENCODING" in environ:  # a body of any length
             self._input_left = sys.maxsize
-        self._opened = contextlib.ExitStack()  # what begin() has opened; closed if it fails
         self._is_begun = False
 
     @classmethod
@@ -2280,9 +2278,8 @@ class _Takeover:
             return None
         return cls(connection, environ)
 
-    def begin(self, opening: bytes) -> bool:
+    def begin(self) -> bool:
         """Put the stand-in into place. Return whether there were descriptors for it."""
-        self._opening = opening
         try:
             with contextlib.ExitStack() as opened:
                 self._client = opened.enter_context(_socket_of(os.dup(self._connection.descriptor)))
@@ -2299,16 +2296,15 @@ class _Takeover:
             _warn_once(f"{_HOLDS_WORKER}{error}")
             return False
         self._is_begun = True
-        if (
-            self._connection.waits_for_client
-        ):  # a head that is larger than the buffer is an error, and no wait
+        if self._connection.waits_for_client:
+            # Then a head that is larger than the stand-in's buffer is an error, and no wait.
             self._connection.socket.settimeout(_HEAD_TIME)
         return True
 
     def detach(self, body: _Body) -> bool:
         """Have the hub send from now on. If that is not possible, the server goes on."""
         written = self._written()
-        parts = _head_and_framing(written, self._opening, self._is_http_1_0)
+        parts = _head_and_framing(written, body.opening, self._is_http_1_0)
         if parts is not None and self._hand_over(body, *parts):
             self._is_begun = False
             self._ours.close()
@@ -2329,7 +2325,7 @@ class _Takeover:
         self._client.setblocking(False)
         descriptor = self._client.detach()
         try:
-            body.attach(descriptor, framing, self._input_left, head)
+            body.attach(_Stream(descriptor, framing, self._input_left, deque([head])))
         except (Refused, OSError) as error:  # too many generators, or no descriptor for a hub
             self._client = _socket_of(descriptor)
             _warn_once(f"{_HOLDS_WORKER}{error}")
@@ -2369,6 +2365,7 @@ def _head_and_framing(
     """
     head, _, body = written.partition(b"\r\n\r\n")
     is_chunked = _CHUNKED.search(head) is not None
+    # Some servers write a chunk's size in capitals.
     is_body = body.lower() == (_as_chunk(opening) if is_chunked else opening)
     if not is_body or not _SUCCESS.match(head) or _CHANGES_BODY.search(head):
         if b"\r\ncontent-encoding:" not in head.lower():
@@ -2433,11 +2430,10 @@ def _end_at_exit() -> None:
     bouncers = list(_bouncers)  # with the generators', which may read from the others
     for bouncer in bouncers:
         bouncer.close()
-    until = time.monotonic() + _GENERATOR_EXIT_TIME
-    while _running and time.monotonic() < until:
-        time.sleep(_POLL_INTERVAL)
+    for started, seconds in (_running, _GENERATOR_EXIT_TIME), (_hubs, _EXIT_TIME):
+        until = time.monotonic() + seconds
+        while started and time.monotonic() < until:
+            time.sleep(_POLL_INTERVAL)
     until = time.monotonic() + _EXIT_TIME
     for bouncer in bouncers:
         bouncer._wait_for_callbacks(until)
-    for hub in list(_hubs):
-        hub.wait_until_behind_at_most(0)
