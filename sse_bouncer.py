@@ -1490,20 +1490,23 @@ class EventBouncer:
         If there can be no hub, OSError is raised, and nothing has changed.
         """
         with self._monitor.lock:
-            is_new = self._hub is None
-            hub = self._hub or _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
             # First, so that a signal handler which closes cannot retire the hub from here on. It
             # can end the subscription, but not the stream, which it does not know yet.
             self._is_attaching = True
-            self._hub = hub
-            self._detached.add(subscription)
-            self._readers.pop(subscription, None)
-            hub.attach(stream, subscription._detach(stream))
-            if subscription.ended is not None:  # by that signal handler, or since it subscribed
-                self._detached.discard(subscription)
-                hub.end(stream, subscription.ended in _MEANT_ENDS)
-            self._is_attaching = False
-            self._retire_hub_if_idle()
+            try:
+                is_new = self._hub is None
+                if self._hub is None:
+                    self._hub = _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
+                hub = self._hub
+                self._detached.add(subscription)
+                self._readers.pop(subscription, None)
+                hub.attach(stream, subscription._detach(stream))
+                if subscription.ended is not None:  # by that signal handler, or since it subscribed
+                    self._detached.discard(subscription)
+                    hub.end(stream, subscription.ended in _MEANT_ENDS)
+            finally:
+                self._is_attaching = False
+                self._retire_hub_if_idle()
         if is_new:  # started after it was assigned: starting yields, and others need the same hub
             hub.start()
 
