@@ -2354,8 +2354,8 @@ class _Takeover:
                 # If the server has closed it, another client may have its number.
                 if server.socket is None or server.socket.fileno() == server.descriptor:
                     os.dup2(self._client.fileno(), server.descriptor, inheritable=False)
-                    if server.waits_for_client:
-                        server.socket.settimeout(None)
+                if server.socket is not None and server.waits_for_client:
+                    server.socket.settimeout(None)
 
 
 def _head_and_framing(

@@ -17,10 +17,12 @@ To have a server do something new, add a `served` function to THE APP UNDER TEST
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import contextlib
 import dataclasses
 import datetime
+import decimal
 import errno
 import functools
 import gc
@@ -30,6 +32,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -46,9 +49,10 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -107,7 +111,7 @@ def requested_bouncer() -> EventBouncer:
         if name not in bouncers:
             options = json.loads(name)
             del options["number"]
-            if "relay" in options:
+            if options.get("relay"):
                 import redis
 
                 options["relay"] = RedisRelay(redis.Redis.from_url(options["relay"]), name)
@@ -181,6 +185,122 @@ def subscribe_that_holds(bouncer: EventBouncer) -> flask.Response:
 
 
 @served
+def subscribe_with_large_head(bouncer: EventBouncer) -> flask.Response:
+    response = subscribe(bouncer)
+    for number in range(int(flask.request.args["headers"])):
+        response.headers[f"X-{number}"] = "x" * 50_000
+    return response
+
+
+@served
+def subscribe_with_state(bouncer: EventBouncer) -> flask.Response:
+    """The state is a megabyte; while it is made, a thousand numbers are broadcast."""
+
+    def load() -> str:
+        broadcast(bouncer, range(1_000), {})
+        return "state".ljust(2**20)
+
+    return bouncer.stream(snapshot=load)
+
+
+def report(line: str) -> None:
+    """Print a line in one piece, though other threads print too."""
+    os.write(1, f"{line}\n".encode())
+
+
+@served
+def subscribe_and_tell(bouncer: EventBouncer) -> flask.Response:
+    """Tell who left: by the session, and the app's configuration."""
+    (user,) = flask.request.args.getlist("channel")
+    flask.session["user"], sight = user, seen[flask.request.args["bouncer"]]
+
+    def left() -> None:
+        report(f"{flask.session['user']} left {flask.current_app.config['SECRET_KEY']}")
+        sight.setdefault("left", []).append(flask.session["user"])
+
+    return bouncer.stream(user, on_close=left)
+
+
+held_up = threading.Event()
+
+
+@served
+def subscribe_and_block(bouncer: EventBouncer) -> flask.Response:
+    return bouncer.stream(on_close=held_up.wait)
+
+
+@served
+def go_on(bouncer: EventBouncer) -> None:
+    held_up.set()
+
+
+@served
+def generate(bouncer: EventBouncer) -> flask.Response:
+    """Yield what the session has, and then what is broadcast."""
+    flask.session["user"] = "ada"
+    subscription, sight = bouncer.subscribe("x"), seen[flask.request.args["bouncer"]]
+
+    def items() -> Iterator[str]:
+        try:
+            yield f"{flask.session['user']}, {flask.current_app.config['SECRET_KEY']}"
+            yield from subscription
+        finally:
+            sight["ended"] = sight.get("ended", 0) + 1
+            report("finally")
+
+    return sse_response(items(), detach=bouncer.detach)
+
+
+@served
+def generate_with_context(bouncer: EventBouncer) -> flask.Response:
+    """Yield what the view has kept, and then what is broadcast."""
+    flask.g.kept, subscription = "kept", bouncer.subscribe("x")
+
+    def items() -> Iterator[str]:
+        yield flask.g.kept
+        yield from subscription
+
+    return sse_response(flask.stream_with_context(items()), detach=bouncer.detach)
+
+
+@served
+def generate_endlessly(bouncer: EventBouncer) -> flask.Response:
+    """Yield numbers, of a kilobyte each."""
+    sight = seen[flask.request.args["bouncer"]]
+
+    def items() -> Iterator[str]:
+        try:
+            for number in itertools.count():
+                sight["yielded"] = number
+                yield str(number).rjust(1000)
+        finally:
+            report("finally")
+
+    return sse_response(items(), detach=bouncer.detach)
+
+
+@served
+def generate_and_fail(bouncer: EventBouncer) -> flask.Response:
+    numbers = [1] * int(flask.request.args["items"]) + [0]
+    return sse_response((1 / number for number in numbers), detach=bouncer.detach)
+
+
+@served
+def broadcast_what_is_logged(bouncer: EventBouncer) -> None:
+    """Broadcast megabytes when the hub logs that it has dropped a client, from its thread."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("dropped"):
+                logger.removeHandler(self)
+                broadcast(bouncer, ["y" * 100_000] * 200, {})
+
+    logger = logging.getLogger("sse_bouncer")
+    logger.addHandler(Handler())
+    logger.setLevel("DEBUG")
+
+
+@served
 def what_was_seen(bouncer: EventBouncer) -> dict[str, Any]:
     return seen[flask.request.args["bouncer"]]
 
@@ -190,6 +310,19 @@ def limit_descriptors(bouncer: EventBouncer, limit: int) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
+
+
+@served
+def replace_connection(bouncer: EventBouncer, port: int) -> None:
+    """Put another file in the place of the process's connection to a client's port."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # it is closed, or has no peer
+            if path.is_socket():
+                with socket.socket(fileno=os.dup(int(path.name))) as copy:
+                    if copy.getpeername()[1:2] == (port,):
+                        os.dup2(null, int(path.name))
+    os.close(null)
 
 
 def status_of_child(do: Callable[..., Any], *args: Any) -> int | None:
@@ -219,6 +352,23 @@ def fork(bouncer: EventBouncer) -> int | None:
 def fork_and_stay(bouncer: EventBouncer) -> None:
     """Have a child that waits for a signal."""
     threading.Thread(target=status_of_child, args=[signal.pause]).start()
+
+
+@served
+def exit_in_child(bouncer: EventBouncer) -> int:
+    """Have a child end as a program does."""
+    if (child := os.fork()) == 0:
+        atexit._run_exitfuncs()
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def broadcast_in_child() -> None:
+    """Broadcast twice in a child that has inherited a stream."""
+    bouncer = EventBouncer()
+    subscription = bouncer.subscribe()
+    status_of_child(broadcast, bouncer, "ab", {})
+    bouncer.unsubscribe(subscription)
 
 
 def fork_many(url: str) -> None:
@@ -314,6 +464,22 @@ def run_pywsgi() -> None:
     print(f"Listening at: http://127.0.0.1:{server.server_port}")
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
+
+
+def made_before_patching() -> flask.Flask:
+    """Return the app, with a bouncer that was made when it was imported, as most apps do."""
+    with app.test_request_context(query_string={"bouncer": os.environ["EARLY_BOUNCER"]}):
+        requested_bouncer()
+    return app
+
+
+def patch_late() -> None:
+    """Serve the app by ``from app import app``, and then ``patch_all()``."""
+    from gevent import monkey
+
+    made_before_patching()
+    monkey.patch_all()
+    run_pywsgi()
 
 
 # =================================================================================================
@@ -597,6 +763,7 @@ SERVERS["gthread-2"] = Kind("gunicorn", GUNICORN + "gthread --workers 2")
 SERVERS["uwsgi-router"] = Kind("pyuwsgi", UWSGI)
 SERVERS["uwsgi-single"] = Kind("pyuwsgi", UWSGI + "--http-socket {bind}")
 SERVERS["script"] = Kind("flask", "{python} app.py")
+SERVERS["pywsgi-late"] = Kind("gevent", "{python} -W ignore {file} patch_late")
 FILLED_IN = {"python": PYTHON, "file": __file__, "home": sys.prefix, "bind": "127.0.0.1:0"}
 FILLED_IN["uwsgi"] = str(Path(PYTHON).with_name("uwsgi"))
 FILLED_IN["log"] = '%(addr) - - [%(ltime)] "%(method) %(uri) %(proto)" %(status) %(size)'
@@ -768,7 +935,7 @@ class Remote:
         """Open many, no more at once than wait for the server to accept them."""
         clients, before = list[Client](), self.stats()["detached"]
         while len(clients) < count:
-            clients += [self.request(**options) for _ in range(min(count - len(clients), 100))]
+            clients += [self.request(**options) for _ in range(min(count - len(clients), 50))]
             self.wait_for(detached=before + len(clients))
         return clients
 
@@ -817,7 +984,7 @@ def on(*kinds: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("server", kinds, indirect=True)
 
 
-detaching, development = on(*DETACHING), on("development")
+everywhere, detaching, development = on(*KINDS), on(*DETACHING), on("development")
 
 
 @contextlib.contextmanager
@@ -841,19 +1008,51 @@ def body_of(app: flask.Flask, method: str = "GET", offered: socket.socket | None
     return app(environ, lambda status, headers, exc_info=None: lambda data: None)
 
 
+class Offer(NamedTuple):
+    """A connection that a server offers, and the body of the response to its client."""
+
+    body: Iterator[bytes]
+    connection: socket.socket
+    client: socket.socket
+
+    def begin(self) -> None:
+        """Send the head and the opening, as the server does."""
+        self.connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + next(self.body))
+
+    def detach(self) -> None:
+        self.begin()
+        assert [] == list(self.body)
+
+
 @contextlib.contextmanager
-def taken_over(bouncer: EventBouncer) -> Iterator[tuple[Any, socket.socket]]:
-    """Serve the head of a stream. The body's next item detaches it; the socket is the client's."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs, contextlib.closing(body_of(app_of(bouncer.stream), offered=ours)) as body:
-        ours.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + next(body))
-        theirs.settimeout(TIMEOUT)
-        yield body, theirs
+def offered(view: Callable[[], Any]) -> Iterator[Offer]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname(), TIMEOUT)
+        connection, _ = listener.accept()
+    with client, connection, contextlib.closing(body_of(app_of(view), offered=connection)) as body:
+        yield Offer(iter(body), connection, client)
 
 
 def answer(view: Callable[[], Any]) -> str:
     with app_of(view).test_client().get("/") as response:
         return bytes(response.data).decode()
+
+
+def sent(bouncer: EventBouncer, last: str = "", **options: Any) -> list[Event]:
+    """Return what a client gets at once that has seen ``last``."""
+    app = app_of(lambda: bouncer.stream("sent", **options))
+    with app.test_client().get("/", headers={"Last-Event-ID": last}) as response:
+        bouncer.disconnect("sent")
+        return parse(response.data.decode())
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/dev/fd"))
+
+
+def fail_to_start(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 # =================================================================================================
@@ -936,9 +1135,48 @@ def test_wire_fuzz_any_text_is_read_back_in_any_cut() -> None:
     fuzz(100)(check)()
 
 
+def test_wire_json_is_by_the_apps_provider_in_threads_too() -> None:
+    """It may return bytes and take no options. After init_app() it is the same in a job, or a
+    thread. NaN is refused all the same."""
+
+    class Provider(flask.json.provider.JSONProvider):
+        def dumps(self, obj: Any) -> Any:  # type: ignore[override]
+            return b"[%b]" % json.dumps(obj).encode()
+
+    app, bouncer = flask.Flask("test"), EventBouncer()
+    app.json = Provider(app)
+    bouncer.init_app(app)
+    with bouncer.subscribe() as subscription, app.app_context():
+        Task(bouncer.broadcast, ["NaN"]).result()
+        assert '[["NaN"]]' == datas([format_sse(["NaN"])])[0] == held(subscription)[0]
+        with pytest.raises(ValueError, match="NaN"):
+            format_sse(math.nan)
+
+
+ZONE = datetime.timezone(datetime.timedelta(seconds=7200))
+SPECIAL = [datetime.date(2030, 1, 2), datetime.datetime(2030, 1, 2, 3, 4, 5, 6), uuid.UUID(int=7)]
+SPECIAL += [datetime.datetime(2030, 1, 2, tzinfo=ZONE), decimal.Decimal("1.10"), {"key": "grüß"}]
+
+
+def test_wire_json_without_flask_is_what_flask_writes() -> None:
+    """Dates, decimals and UUIDs too."""
+    program = "import datetime; from decimal import Decimal; from uuid import UUID\n"
+    program += f"import sse_bouncer; print(sse_bouncer.format_sse({SPECIAL}), end='')"
+    assert format_sse(SPECIAL) == run(PYTHON, "-c", program).stdout
+
+
+def test_wire_data_that_is_framed_by_hand_is_warned_of_once() -> None:
+    program = "import sse_bouncer as s; [s.format_sse(f'data: {n}\\n\\n') for n in 'ab']"
+    assert 1 == run(PYTHON, "-c", program).stderr.count("looks like a frame")
+
+
 def refused(id: str, do: Callable[[Any], object], values: Any, types: Any = ()) -> Any:
     """A row of REFUSED. In the message the argument has the last of the id's names."""
     return pytest.param(do, id.rpartition("-")[2], values, types, id=id)
+
+
+async def generate_async() -> AsyncIterator[str]:
+    yield "a"
 
 
 FRAME, CLIENT = format_sse("x"), type("Client", (), {"eval": None})
@@ -960,12 +1198,13 @@ REFUSED = [
     refused("EventBouncer-maxsize", EventBouncer, [0, -1], [True, None, 1.5]),
     refused("EventBouncer-history", lambda v: EventBouncer(history=v), [-1], [True, None]),
     refused("EventBouncer-heartbeat", lambda v: EventBouncer(heartbeat=v), NUMBERS),
+    refused("heartbeat_event", lambda v: EventBouncer(heartbeat_event=v), ["", "a\nb"], [5]),
     refused("EventBouncer-retry", lambda v: EventBouncer(retry=v), [-1, (2, 1), (1,)], [True, 1.5]),
     refused("max_subscribers", lambda v: EventBouncer(max_subscribers=v), [0], [True]),
     refused("EventBouncer-relay", lambda v: EventBouncer(relay=v), [], ["redis://localhost"]),
     refused("subscribe-channel", lambda v: EventBouncer().subscribe(v), ["", "\ud800"], [5, ["a"]]),
     refused("broadcast-data", lambda v: EventBouncer().broadcast(v), [None, math.nan]),
-    refused("broadcast-event", lambda v: EventBouncer().broadcast("x", v), ["a\nb"], [5]),
+    refused("broadcast-event", lambda v: EventBouncer().broadcast("x", v), ["a\nb", "gap"], [5]),
     refused("broadcast-event-data", lambda v: EventBouncer().broadcast(v, "x"), [FRAME]),
     refused(
         "broadcast-channel", lambda v: EventBouncer().broadcast(1, channel=v), [""], [5, ["a"]]
@@ -974,6 +1213,7 @@ REFUSED = [
     refused("disconnect-channel", lambda v: EventBouncer().disconnect(v), [""], [5]),
     refused("get-timeout", lambda v: EventBouncer().subscribe().get(timeout=v), [-1, math.nan]),
     refused("sse_response-source", sse_response, [], ["data", b"data", {"n": 1}, 5, None]),
+    refused("sse_response-async-source", sse_response, [], [generate_async()]),
     refused("RedisRelay-client", RedisRelay, [], ["redis://localhost", None]),
     refused("RedisRelay-key", lambda v: RedisRelay(CLIENT, v), ["\ud800"], [b"sse"]),
     refused("RedisRelay-maxlen", lambda v: RedisRelay(CLIENT, maxlen=v), [0], [1.5]),
@@ -1025,6 +1265,23 @@ class Suspended:
     def suspend(self) -> None:
         self.running.clear()
         wait_until(lambda: self._waits, "it is suspended")
+
+
+class Quiet:
+    """A relay without events, whose `read` does not wait."""
+
+    def __init__(self, *entries: Any) -> None:
+        self.entries, self.reads = entries, 0
+
+    def publish(self, channel: str | None, frame: str | None) -> None:
+        pass
+
+    def recent(self, count: int) -> list[Any]:
+        return [*self.entries]
+
+    def read(self, after: str, timeout: float) -> list[Any]:
+        self.reads += 1
+        return []
 
 
 class Redis(Process):
@@ -1337,6 +1594,113 @@ def test_redis_holds_one_connection(processes: Processes) -> None:
     assert 1 <= names.count("counted") <= 2
 
 
+LATE = [("gevent", ["--preload"], "test_sse_bouncer:made_before_patching()")]
+LATE += [("pywsgi-late", [], "")]
+
+
+@pytest.mark.parametrize("has_relay", [False, True])
+@pytest.mark.parametrize(("kind", "options", "app"), LATE, ids=["gunicorn", "pywsgi"])
+def test_redis_or_none_serves_40_clients_at_once_though_gevent_patches_late(
+    kind: str, options: list[str], app: str, has_relay: bool, redis: Redis, tmp_path: Path
+) -> None:
+    """After the bouncer was made. The first clients get everything, once."""
+    name = json.dumps({"number": f"{kind} {has_relay}", "relay": redis.url if has_relay else None})
+    with serve(kind, tmp_path / "app", *options, app=app, EARLY_BOUNCER=name) as server:
+        bouncer = Remote(server)
+        bouncer.name = name
+        assert 404 == server.client("/nothing").head.status  # its worker is there
+        server.signal("SIGSTOP")
+        clients = [bouncer.request("x") for _ in range(40)]
+        server.signal("SIGCONT")
+        bouncer.wait_for(subscribers=40)
+        bouncer.broadcast("a", "b")
+        bouncer.disconnect("x")
+        assert [["a", "b"]] * 40 == [client.wait_end() for client in clients]
+
+
+@pytest.mark.parametrize("fail", [Redis.client, Redis.kill, Redis.hang])
+def test_redis_is_not_waited_for_because_of_forged_ids(
+    fail: Any, processes: Processes, new_redis: Any, monkeypatch: Any
+) -> None:
+    """Alive or away: a worker waits only for what Redis has, and once if Redis hangs."""
+    processes.redis = new_redis()
+    bouncer, in_vain, wait = processes(), list[object](), threading.Condition.wait
+    first = bouncer.subscribe()
+    bouncer.broadcast("known")
+    assert ["known"] == next_datas(first, 1)
+    fail(processes.redis)
+
+    def noted(self: threading.Condition, timeout: float | None = None) -> bool:
+        is_notified = wait(self, timeout)
+        if not is_notified and threading.current_thread() is threading.main_thread():
+            in_vain.append(timeout)
+        return is_notified
+
+    monkeypatch.setattr(threading.Condition, "wait", noted)
+    assert all(bouncer.subscribe(last_event_id=f"{10**15 + n}-0").gap for n in range(10))
+    assert len(in_vain) <= 1
+    processes.redis.go_on()
+
+
+def test_relay_that_reads_without_waiting_is_not_asked_on_and_on() -> None:
+    relay = Quiet()
+    bouncer = EventBouncer(relay=relay)
+    with bouncer.subscribe() as subscription:
+        for _ in range(10):
+            with pytest.raises(queue.Empty):
+                subscription.get(timeout=0.05)
+    assert 1 <= relay.reads < 100
+
+
+def test_relay_whose_reader_could_not_start_is_read_later(monkeypatch: Any) -> None:
+    """A moment without threads is not the end of all events."""
+    relay = Quiet()
+    bouncer = EventBouncer(relay=relay)
+    with monkeypatch.context() as patch, contextlib.suppress(RuntimeError):
+        patch.setattr(threading.Thread, "start", fail_to_start)
+        bouncer.subscribe()
+    with bouncer.subscribe():
+        wait_until(lambda: relay.reads, "the relay is read")
+
+
+def test_redis_clients_that_would_deliver_nothing_are_refused(monkeypatch: Any) -> None:
+    """Those for asyncio, and of a redis-py that cannot be told not to decode."""
+    need("redis")
+    import redis.asyncio
+
+    with pytest.raises(TypeError, match="asyncio"):
+        RedisRelay(redis.asyncio.Redis())
+    monkeypatch.setattr(redis, "__version__", "4.3.6")
+    with pytest.raises(TypeError, match="4.4"):
+        RedisRelay(redis.Redis())
+
+
+def create_app(bouncer: EventBouncer, name: str = "shop", **config: object) -> flask.Flask:
+    """Make an app as a factory does, with what the environment says too."""
+    app = flask.Flask(name)
+    app.config.from_prefixed_env()
+    app.config.update(config)
+    bouncer.init_app(app)
+    return app
+
+
+def test_redis_is_connected_by_init_app_each_event_once(redis: Redis) -> None:
+    """Under the app's own key, also for a bouncer that had other apps with subscribers before."""
+    bouncer, other = EventBouncer(), EventBouncer()
+    create_app(other, "bank", SSE_REDIS_URL=redis.url)
+    for _ in range(3):
+        create_app(bouncer, SSE_REDIS_URL=redis.url)
+        with bouncer.subscribe() as subscription:
+            other.broadcast("by the bank")
+            bouncer.broadcast("by the shop")
+            relay = RedisRelay.from_url(redis.url, key="sse:shop")
+            relay.publish(None, format_sse("by a cron job"))
+            assert ["by the shop", "by a cron job"] == next_datas(subscription, 2)
+            assert subscription.empty()
+    for each in (bouncer, other):
+        each.close()
+
+
 def spread(bouncer: Remote, *channels: str) -> list[Client]:
     """Open streams until there are three at both processes."""
     clients, processes = list[Client](), Counter[Any]()
@@ -1385,6 +1749,30 @@ def test_processes_without_a_relay_are_warned_of_once_each(fleet: Remote) -> Non
 def test_processes_serve_clients_that_hop_between_them(fleet: Remote) -> None:
     """They miss nothing, get nothing twice and see no gap while events flow."""
     check_followed(fleet)
+
+
+class OddRelay:
+    """A relay whose ids are no text."""
+
+    def __init__(self) -> None:
+        self.entries: list[Any] = [(b"1-0", "0-0", None, "data: odd\n\n")]
+
+    def publish(self, channel: str | None, frame: str | None) -> None:
+        self.entries.append((f"{len(self.entries)}-1", "0-0", channel, frame))
+
+    def recent(self, count: int) -> Any:
+        return self.entries[-count:]
+
+    def read(self, after: str, timeout: float) -> Any:
+        return [entry for entry in self.entries if str(entry[0]) > after]
+
+
+def test_redis_or_a_relay_with_odd_ids_does_not_end_its_reader() -> None:
+    bouncer = EventBouncer(relay=OddRelay())
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("x")
+    wait_until(lambda: "x" in datas([subscription.get(timeout=TIMEOUT)]), "it arrives")
+    bouncer.close()
 
 
 # =================================================================================================
@@ -1645,6 +2033,216 @@ def test_history_of_more_channels_than_it_remembers_errs_on_the_side_of_a_gap() 
     assert not bouncer.subscribe("another", last_event_id=bouncer.latest_id()).gap
 
 
+@pytest.mark.parametrize("history", [0, 3])
+def test_fan_out_encodes_a_large_event_twice_at_most(history: int) -> None:
+    """To check it, and to send it: an id costs no more."""
+    encoded, data, bouncer = [], "x" * 10**6, EventBouncer(history=history)
+
+    def note(frame: object, event: str, called: Any) -> None:
+        if event == "c_call" and called.__name__ == "encode" and len(called.__self__) >= len(data):
+            encoded.append(called)
+
+    sys.setprofile(note)
+    try:
+        bouncer.broadcast(data)
+    finally:
+        sys.setprofile(None)
+    assert len(encoded) <= 2
+
+
+def test_fan_out_logs_nothing_under_its_lock(caplog: Any, monkeypatch: Any) -> None:
+    """A log handler may wait for a thread that uses the bouncer."""
+    bouncer, stats = EventBouncer(relay=Quiet(("1-0", "0-0", None, "no frame"))), list[Any]()
+
+    def emit(record: logging.LogRecord) -> None:
+        if "not an event" in record.getMessage():
+            stats.append(Task(bouncer.stats).result())
+
+    monkeypatch.setattr(caplog.handler, "emit", emit)
+    with bouncer.subscribe():
+        wait_until(lambda: stats, "it is logged, and answered")
+
+
+def test_fan_out_in_a_child_that_reaches_no_stream_is_warned_of_once() -> None:
+    """A job's broadcasts, without a relay."""
+    assert 1 == run(PYTHON, __file__, "broadcast_in_child").stderr.count("of its parent")
+
+
+def test_fan_out_one_warning_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    for most in (3, 4, 3):
+        bouncer = EventBouncer(max_subscribers=most)
+        kept = [bouncer.subscribe() for _ in range(most)]
+        assert answer(bouncer.stream).startswith("retry: ") and kept
+    assert 2 == caplog.text.count("come back later")
+
+
+def test_fan_out_subscription_that_is_streamed_cannot_be_read() -> None:
+    """Nor be left by a with block before its stream begins: errors, and no wait for ever."""
+    bouncer = EventBouncer()
+    with pytest.raises(RuntimeError, match="sse_response"), bouncer.subscribe() as early:
+        kept = sse_response(early)
+    subscription = bouncer.subscribe()
+    with offered(lambda: sse_response(subscription)) as offer:
+        offer.detach()
+        with pytest.raises(RuntimeError, match="get: "):
+            Task(subscription.get).result()
+    kept.close()
+
+
+def test_fan_out_says_what_one_wants_to_see(caplog: Any) -> None:
+    """By repr() and debug lines: how many, how far behind, dropped, a gap."""
+    caplog.set_level("DEBUG", "sse_bouncer")
+    bouncer = EventBouncer(1, history=1)
+    first = bouncer.latest_id()
+    reader, slow = bouncer.subscribe("a", "b"), bouncer.subscribe("c")
+    for number in range(2):
+        bouncer.broadcast(number, channel="c")
+    assert bouncer.subscribe("c", last_event_id=first).gap
+    listed = ", ".join(f"{name}={count}" for name, count in bouncer.stats().items())
+    assert f"<EventBouncer {listed}>" == repr(bouncer)
+    assert "<Subscription to 'a', 'b', 0 frames behind>" == repr(reader)
+    assert "<Subscription to 'c', has ended: dropped>" == repr(slow)
+    dropped, gap = caplog.messages
+    assert re.search("dropped: .*'c'.* 1 .*behind", dropped)
+    assert re.search("'c'.* missed something for good", gap)
+
+
+def test_fan_out_counts_who_is_refused_for_want_of_descriptors() -> None:
+    """Also if there is not one left."""
+    resource = pytest.importorskip("resource")
+    limits, bouncer = resource.getrlimit(resource.RLIMIT_NOFILE), EventBouncer()
+    body_of(app_of(bouncer.stream)).close()  # which imports what it needs
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        body_of(app_of(bouncer.stream)).close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert 1 == bouncer.stats()["refused"]
+
+
+@pytest.mark.parametrize("foreign", ["earliest", "17", "a-b", "1-1-1"])
+def test_history_of_a_foreign_last_event_id_is_a_gap(foreign: str) -> None:
+    """Or the state, and no silence. That "earliest" is meant is for the view to say."""
+    bouncer = EventBouncer(history=3)
+    bouncer.broadcast("kept")
+    assert [GAP, "kept"] == list(map(str, sent(bouncer, foreign)))
+    assert ["state"] == list(map(str, sent(bouncer, foreign, snapshot=lambda: "state")))
+    assert ["kept"] == list(map(str, sent(bouncer, last_event_id="earliest")))
+    assert [] == sent(EventBouncer(), foreign)
+
+
+# How many events are kept, and what a client gets that has missed three right after the state.
+STATES = [(3, ["0", "1", "2"]), (2, ["state 2"]), (0, ["state 2"])]
+
+
+@pytest.mark.parametrize(("history", "expected"), STATES)
+def test_history_snapshot_is_for_who_has_missed_something_for_good(
+    feed: Any, history: int, expected: list[str]
+) -> None:
+    """In the place of the gap and of what is kept. Others resume from the id of their own."""
+    bouncer, states = feed(history=history), map("state {}".format, itertools.count(1))
+    newest = bouncer.latest_id()
+    (state,) = sent(bouncer, snapshot=lambda: next(states))
+    assert Event("state 1", "snapshot", newest or "") == state
+    with bouncer.subscribe() as subscription:
+        broadcast(bouncer, range(3), {})
+        assert ["0", "1", "2"] == next_datas(subscription, 3)
+    assert expected == list(map(str, sent(bouncer, state.id, snapshot=lambda: next(states))))
+
+
+def test_history_snapshot_that_is_a_frame_has_its_own_name() -> None:
+    """And, as each snapshot, the id of the newest event from before."""
+    bouncer = EventBouncer(history=3)
+    (id,) = ids_of(bouncer, "a")
+    assert [Event("hi", "greet", id)] == sent(bouncer, snapshot=lambda: format_sse("hi", "greet"))
+
+
+BAD_STATES: list[tuple[type[Exception], dict[str, Any]]] = [
+    (ValueError, {"snapshot": lambda: "state", "last_event_id": "earliest"}),
+    (ValueError, {"snapshot": lambda: None}),
+    (ZeroDivisionError, {"snapshot": lambda: 1 / 0}),
+]
+
+
+@pytest.mark.parametrize(("error", "options"), BAD_STATES, ids=["earliest", "None", "raises"])
+def test_history_snapshot_that_is_refused_leaves_nothing(error: Any, options: Any) -> None:
+    """The view raises; no subscription and no descriptor stays."""
+    bouncer, before = EventBouncer(history=1), descriptors()
+    with pytest.raises(error), app_of(lambda: 0).test_request_context():
+        bouncer.stream(**options)
+    assert () == bouncer.subscribers
+    assert before == descriptors()
+
+
+def settings(bouncer: EventBouncer) -> dict[str, Any]:
+    return {name: getattr(bouncer, name) for name in inspect.signature(EventBouncer).parameters}
+
+
+def test_init_app_takes_the_settings_of_the_environment(monkeypatch: Any) -> None:
+    """What it does not name is the constructor's. Each app begins anew, but not while somebody
+    subscribes; and nothing else can set them."""
+    bouncer = EventBouncer(7, heartbeat=5, history=3)
+    (id,), given = ids_of(bouncer, "a"), settings(bouncer)
+    for name, value in {"HISTORY": "9", "HEARTBEAT": "null", "DETACH": "false"}.items():
+        monkeypatch.setenv(f"FLASK_SSE_{name}", value)
+    app = create_app(bouncer, SSE_MAX_SUBSCRIBERS=4, SSE_RETRY=[1, 2])
+    configured = {"history": 9, "heartbeat": None, "detach": False, "max_subscribers": 4}
+    assert given | configured | {"retry": [1, 2]} == settings(bouncer)
+    assert app.extensions["sse_bouncer"] is bouncer
+    assert bouncer.subscribe(last_event_id=id).gap
+    for name, value in settings(bouncer).items():
+        with pytest.raises(AttributeError, match=f"{name}: expected .*init_app"):
+            setattr(bouncer, name, value)
+    monkeypatch.undo()
+    with bouncer.subscribe(), pytest.raises(RuntimeError, match="no subscribers, got 1"):
+        create_app(bouncer)
+    bouncer.close()
+    create_app(bouncer)
+    assert given == settings(bouncer)
+    with bouncer.subscribe() as subscription:
+        bouncer.broadcast("open again")
+        assert ["open again"] == held(subscription)
+
+
+WRONG: list[dict[str, Any]] = [{"MAXSIZE": 0}, {"HISTORY": "9"}, {"HEARTBEAT": 0}]
+WRONG += [{"DETACH": "False"}, {"RETRY": [2, 1]}, {"MAX_SUBSCRIBERS": 0}, {"RELAY": "redis://x"}]
+WRONG += [{"REDIS_URL": "x"}, {"HEARTBEAT_EVENT": "a\nb"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
+def test_init_app_with_what_is_wrong_changes_nothing(wrong: dict[str, Any]) -> None:
+    bouncer = EventBouncer(7, history=3)
+    before, (id,) = settings(bouncer), ids_of(bouncer, "a")
+    with pytest.raises((TypeError, ValueError)):
+        create_app(bouncer, **{"SSE_HISTORY": 9, **{f"SSE_{name}": wrong[name] for name in wrong}})
+    assert before == settings(bouncer)
+    assert id == bouncer.latest_id()
+
+
+def test_on_close_of_thousands_that_end_at_once(caplog: Any) -> None:
+    """By one thread, in order, however far the server came with each; closed or just forgotten.
+    What one raises is logged, and holds up none. Who was refused is not told of."""
+    others, told, numbers = {*threading.enumerate()}, queue.SimpleQueue[int](), itertools.count()
+    bouncer = EventBouncer(max_subscribers=2_001)
+    failing = body_of(app_of(lambda: bouncer.stream(on_close=lambda: 1 / 0)))
+    app = app_of(lambda: bouncer.stream(on_close=functools.partial(told.put, next(numbers))))
+    bodies = deque(body_of(app) for _ in range(2_000))
+    body_of(app).close()  # refused
+    bouncer.broadcast("x")
+    assert [0, 1, 2] == [len([*itertools.islice(bodies[n], n)]) for n in range(3)]
+    assert len(others) + 1 == len(threading.enumerate())
+    failing.close()
+    for _ in range(1_000):
+        bodies.popleft().close()
+    for _ in range(1_000):
+        bodies.popleft()
+    wait_until(lambda: {*threading.enumerate()} <= others, "the thread ends")
+    assert [*range(2_000)] == [told.get() for _ in range(told.qsize())]
+    assert "ZeroDivisionError" in caplog.text
+
+
 # =================================================================================================
 # HUB: the same stream under every server; and where one hands out its connections, thousands of
 # streams hold no worker and cost one thread, and no client costs another anything
@@ -1776,30 +2374,105 @@ def test_hub_takes_no_notice_of_what_a_client_says(server: Server) -> None:
 def test_hub_bounds_how_far_a_publisher_runs_ahead() -> None:
     """A broadcast waits for a hub that is 64 KiB behind; here it gets time only if one does."""
     bouncer = EventBouncer()
-    with taken_over(bouncer) as (body, client):
-        assert [] == list(body)
-        wait_until(lambda: client.recv(4096).endswith(b"\n:\n"), "opening")
+    with offered(bouncer.stream) as offer:
+        offer.detach()
+        wait_until(lambda: offer.client.recv(4096).endswith(b"\n:\n"), "opening")
         sys.setswitchinterval(60)  # seconds
         try:
             for _ in range(1_200):
                 bouncer.broadcast("x" * 92)  # 100 bytes
-            received = client.recv(2**20, socket.MSG_DONTWAIT)
+            received = offer.client.recv(2**20, socket.MSG_DONTWAIT)
         finally:
             sys.setswitchinterval(0.005)  # the default
             bouncer.close()
         assert len(received) >= 120_000 - 65_536
 
 
+@pytest.mark.parametrize("relay", [None, Quiet()])
+def test_hub_and_reader_end_with_their_bouncer(relay: Any) -> None:
+    """50 apps of a factory leave no thread and no descriptor."""
+    threads, before = {*threading.enumerate()}, descriptors()
+    for _ in range(50):
+        bouncer = EventBouncer(relay=relay)
+        with offered(bouncer.stream) as offer:
+            offer.detach()
+        del bouncer, offer
+    wait_until(lambda: {*threading.enumerate()} <= threads, "their threads end", gc.collect)
+    wait_until(lambda: descriptors() <= before, "all is closed")
+
+
 def test_hub_ends_with_its_last_stream() -> None:
     """Its thread and its descriptors; and the next stream has another."""
-    bouncer, threads, descriptors = EventBouncer(), threading.enumerate(), os.listdir("/dev/fd")
+    bouncer, threads, before = EventBouncer(), threading.enumerate(), descriptors()
     for _ in range(3):
-        with taken_over(bouncer) as (body, client):
-            assert [] == list(body)
+        with offered(bouncer.stream) as offer:
+            offer.detach()
             bouncer.broadcast("hi")
-            wait_until(lambda: client.recv(4096).endswith(b"data: hi\n\n"), "an event")
+            while not offer.client.recv(4096).endswith(b"data: hi\n\n"):
+                pass
         wait_until(lambda: threads == threading.enumerate(), "the thread ends")
-        assert descriptors == os.listdir("/dev/fd")
+        assert before == descriptors()
+
+
+def test_hub_that_cannot_start_loses_no_event_and_leaves_nothing(monkeypatch: Any) -> None:
+    """At the limit of threads a client gets what there is; it may have to come back then."""
+    bouncer, before, received = EventBouncer(), descriptors(), b""
+    with offered(bouncer.stream) as offer, monkeypatch.context() as patch:
+        offer.begin()
+        bouncer.broadcast("a")
+        patch.setattr(threading.Thread, "start", fail_to_start)
+        for wire in itertools.islice(offer.body, 1):  # what goes through the server
+            offer.connection.sendall(wire)
+        while not received.endswith(b"data: a\n\n"):
+            received += offer.client.recv(4096) or pytest.fail(f"it ended after {received!r}")
+    assert () == bouncer.subscribers
+    assert before == descriptors()
+
+
+def test_hub_leaves_patience_with_a_link_to_the_kernel() -> None:
+    """A client whose link was away for a minute is still there."""
+    with offered(EventBouncer().stream) as offer, offer.connection.dup() as kept:
+        offer.detach()
+        assert 0 == kept.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+
+
+@on("development", "gthread-served")
+def test_hub_or_server_sends_heartbeats_that_a_page_sees(server: Server) -> None:
+    """An event instead of the comment, without an id. The history does not keep it."""
+    bouncer = Remote(server, heartbeat=0.05, heartbeat_event="ping", history=9)
+    client = bouncer.client()
+    assert [Event("", "ping")] * 3 == client.events(3)
+    assert re.fullmatch(rb":\n(event: ping\ndata: \n\n)+", client.body)
+    bouncer.broadcast("a")
+    assert [GAP, "a"] == bouncer.client(query={"lastEventId": "1-1"}).datas(2)
+
+
+@development
+def test_hub_is_not_waited_for_by_its_own_thread(server: Server) -> None:
+    """What is logged there is broadcast, 20 MB of it: with a wait in each it would take minutes."""
+    bouncer = Remote(server, maxsize=300)
+    bouncer.do(broadcast_what_is_logged)
+    bouncer.client("x", receive_buffer=4096)
+    reader = Task(bouncer.client().datas, 200)
+    while not bouncer.stats()["dropped"]:
+        bouncer.broadcast(*["x" * 1_000] * 100, channel="x")
+    assert ["y" * 100_000] * 200 == reader.result()
+
+
+@detaching
+def test_hub_survives_what_nobody_has_thought_of(server: Server) -> None:
+    """Someone else puts another file in the place of a stream's: that costs no other stream, and
+    no descriptor."""
+    bouncer = Remote(server)
+    other = bouncer.client()
+    before = server.count("fd")
+    unlucky = bouncer.client()
+    bouncer.do(replace_connection, unlucky.socket.getsockname()[1])
+    bouncer.broadcast("a", "b")
+    assert ["a", "b"] == other.datas(2)
+    assert [] == unlucky.wait_end()
+    bouncer.wait_for(subscribers=1)
+    wait_until(lambda: server.count("fd") <= before, "its descriptor is closed")
 
 
 @detaching
@@ -2066,6 +2739,126 @@ def test_response_to_head_holds_nothing() -> None:
         assert () == bouncer.subscribers
 
 
+def test_response_is_not_held_back_by_eventlet() -> None:
+    """It would wait for 32 KiB."""
+    app = app_of(lambda: sse_response(["x"]))
+    with app.test_request_context():
+        app.dispatch_request()
+        assert 0 == flask.request.environ["eventlet.minimum_write_chunk_size"]
+
+
+@everywhere
+def test_response_snapshot_is_first_and_nothing_of_meanwhile_is_lost(server: Server) -> None:
+    """A megabyte. A thousand events more than maxsize are held while it is made, and follow."""
+    bouncer = Remote(server, maxsize=1, history=9)
+    client = bouncer.client(view=subscribe_with_state).wait_opening()
+    bouncer.broadcast("live")
+    state, *events = client.events(1_002)
+    assert Event("state".ljust(2**20), "snapshot", state.id) == state
+    assert [*map(str, range(1_000)), "live"] == [event.data for event in events]
+    assert 0 == bouncer.stats()["dropped"]
+
+
+def wait_left(bouncer: Remote, *users: str) -> None:
+    """Wait until so many have been told of, and see that they are these, in this order."""
+    wait_until(lambda: len(bouncer.do(what_was_seen).get("left", [])) >= len(users), "all told")
+    assert list(users) == bouncer.do(what_was_seen)["left"]
+
+
+@everywhere
+def test_response_on_close_is_called_once_for_each_end_in_order(server: Server) -> None:
+    """In the view's context: who left, was reset, vanished, logged out; and at the end. Only a
+    logout is an end that was meant: without a last chunk clients come back that look for one."""
+    bouncer = Remote(server, maxsize=100)
+    clients = [bouncer.client(user, view=subscribe_and_tell) for user in ("ada", "bob")]
+    bouncer.client("vic", view=subscribe_and_tell, receive_buffer=4096)
+    eve, joe = (bouncer.client(user, view=subscribe_and_tell) for user in ("eve", "joe"))
+    clients[0].leave("close")
+    bouncer.wait_for(subscribers=4)
+    clients[1].leave("reset")
+    bouncer.wait_for(subscribers=3)
+    while not bouncer.stats()["dropped"]:
+        bouncer.broadcast(*["x" * 65536] * 15, channel="vic")
+    bouncer.disconnect("eve")
+    assert [] == eve.wait_end()
+    assert eve.whole
+    bouncer.close()
+    assert [] == joe.wait_end()
+    assert joe.whole != server.kind.shows_cut
+    wait_left(bouncer, "ada", "bob", "vic", "eve", "joe")
+
+
+@detaching
+def test_response_on_close_that_blocks_holds_up_nothing(server: Server) -> None:
+    """No worker, no publisher and no stream; and the next one waits for it."""
+    bouncer = Remote(server)
+    bouncer.client(view=subscribe_and_block).leave()
+    bouncer.wait_for(subscribers=0)
+    bouncer.client("ada", view=subscribe_and_tell).leave()
+    bouncer.wait_for(subscribers=0)
+    client = bouncer.client()
+    bouncer.broadcast(*range(100))
+    assert list(map(str, range(100))) == client.datas(100)
+    assert "left" not in bouncer.do(what_was_seen)
+    bouncer.do(go_on)
+    wait_left(bouncer, "ada")
+
+
+def test_response_through_the_server_limits_how_long_a_client_may_stall() -> None:
+    """By the connection's own timeout, which is put back: nobody holds a thread."""
+    bouncer = EventBouncer(detach=False)
+    with offered(bouncer.stream) as offer:
+        bouncer.broadcast("a")
+        assert b":\ndata: a\n\n" == next(offer.body) + next(offer.body)
+        assert 1 <= (offer.connection.gettimeout() or 0) <= 60
+        offer.body.close()  # type: ignore[attr-defined]
+        assert offer.connection.gettimeout() is None
+
+
+@on(*[kind for kind in KINDS if kind != "uwsgi"])  # which answers 200 whatever fails
+def test_response_of_a_generator_that_fails_at_once_is_500(server: Server) -> None:
+    """Browsers then give up, and don't run it again and again."""
+    bouncer = Remote(server, detach=False)
+    assert 500 == bouncer.request(view=generate_and_fail, query={"items": 0}).head.status
+    wait_until(lambda: "ZeroDivisionError: " in server.log(), "it is logged")
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        server.clear()
+
+
+# Where a client can tell that it was cut off.
+CUT = [(kind, True) for kind in DETACHING if SERVERS[kind].shows_cut]
+CUT += [(kind, False) for kind in ("development", "sync", "gthread", "gevent", "pywsgi")]
+
+
+@pytest.mark.parametrize(("server", "detach"), CUT, indirect=["server"])
+def test_response_of_a_generator_that_fails_later_is_cut_off(server: Server, detach: bool) -> None:
+    """After a retry of ten seconds. The log has its traceback, once."""
+    before, bouncer = server.log().count("ZeroDivisionError: "), Remote(server, detach=detach)
+    client = bouncer.request(view=generate_and_fail, query={"items": 2})
+    assert ["1.0", "1.0"] == client.wait_end()
+    assert client.body.endswith(b"\n\nretry: 10000\n")
+    assert not client.whole
+    wait_until(lambda: before < server.log().count("ZeroDivisionError: "), "it is logged")
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        server.clear()
+    assert before + 1 == server.log().count("ZeroDivisionError: ")
+
+
+def test_response_that_a_hook_reads_is_an_error_and_no_hang() -> None:
+    """Of a logger, or of one that makes ETags. A stream that ends is read as before."""
+    bouncer = EventBouncer()
+    app = app_of(lambda: bouncer.stream() if flask.request.args else sse_response(["a"]))
+
+    @app.after_request
+    def read(response: flask.Response) -> flask.Response:
+        response.get_data()
+        return response
+
+    assert 500 == Task(app.test_client().get, "/?live=1").result().status_code
+    assert () == bouncer.subscribers
+    assert b"data: a\n\n" == app.test_client().get("/").data
+
+
 # What a request is or asks for, and how many cookies the response sets.
 HEADS = [
     pytest.param({}, 2, id="cookies"),
@@ -2165,10 +2958,14 @@ TLS = [("development", "--cert", "--key")]
 TLS += [(kind, "--certfile", "--keyfile") for kind in ("gthread-served", "gevent")]
 
 
+@pytest.mark.parametrize(
+    ("view", "first"), [(subscribe, b":\n"), (generate_with_context, b"data: kept\n")]
+)
 @pytest.mark.parametrize(("kind", "cert_option", "key_option"), TLS)
 def test_takeover_leaves_tls_to_the_server(
-    kind: str, cert_option: str, key_option: str, tmp_path: Path
+    kind: str, cert_option: str, key_option: str, view: Any, first: bytes, tmp_path: Path
 ) -> None:
+    """Also what a generator yields that asks for detach=True."""
     need("openssl")
     key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
     request = "openssl req -x509 -newkey rsa:2048 -noenc -subj /CN=x -addext".split()
@@ -2177,12 +2974,165 @@ def test_takeover_leaves_tls_to_the_server(
     with serve(kind, tmp_path / "app", cert_option, certificate, key_option, key) as server:
         server.tls = ssl.create_default_context(cafile=certificate)
         bouncer = Remote(server, detach=True)
-        with server.open(bouncer.url(channel="x")) as stream:
-            assert b":\n" == stream.readline()
+        with server.open(bouncer.url(view, channel="x")) as stream:
+            assert first == stream.readline()
             assert 0 == bouncer.stats()["detached"]
             bouncer.broadcast("hi")
             bouncer.disconnect("x")
-            assert b"data: hi\n\n" == stream.read()
+            assert b"data: hi\n\n" == stream.read().lstrip()
+
+
+# What says how long the body of a request is, and a body of a megabyte.
+UNREAD = [
+    pytest.param({"Content-Length": "1000000"}, b"x" * 1_000_000, id="length"),
+    pytest.param(
+        {"Transfer-Encoding": "chunked"},
+        (b"8000\r\n" + b"x" * 0x8000 + b"\r\n") * 30 + b"0\r\n\r\n",
+        id="chunked",
+    ),
+]
+
+
+@detaching
+@pytest.mark.parametrize(("headers", "body"), UNREAD)
+def test_takeover_of_a_request_whose_body_nobody_reads(
+    server: Server, headers: Any, body: bytes
+) -> None:
+    """Its own body is nothing that a client says beyond it."""
+    bouncer = Remote(server)
+    client = bouncer.client(method="POST", headers=headers, more=body)
+    bouncer.broadcast("hi")
+    assert ["hi"] == client.datas(1)
+
+
+@on("development", *WORKERS, "pywsgi")  # waitress has a buffer, and uWSGI sends no large head
+def test_takeover_of_a_large_head_or_of_one_that_is_too_large(server: Server) -> None:
+    """200 KB of cookies arrive. 4 MB are an error that ends the request: its worker is free."""
+    bouncer = Remote(server)
+    client = bouncer.client(view=subscribe_with_large_head, query={"headers": 4})
+    assert 50_000 == len(client.head.headers["X-3"])
+    bouncer.request(view=subscribe_with_large_head, query={"headers": 80})
+    bouncer.broadcast("hi")
+    assert ["hi"] == client.datas(1)
+    bouncer.wait_for(subscribers=1, detached=1)
+    with contextlib.suppress(AssertionError):  # what the log says is the server's own
+        server.clear()
+
+
+def generating(bouncer: Remote, count: int) -> list[Client]:
+    """Have so many generators run, each of which has yielded what its context has."""
+    clients = [bouncer.request(view=generate) for _ in range(count)]
+    assert [["ada, secret"]] * count == [client.datas(1) for client in clients]
+    return clients
+
+
+def test_takeover_of_a_silent_generator_has_heartbeats_and_no_timeout(tmp_path: Path) -> None:
+    """It outlives by far what gunicorn lets a request take: it is none."""
+    with serve("sync", tmp_path, "--timeout", "5") as server:
+        bouncer = Remote(server)
+        (client,) = generating(bouncer, 1)
+        client.wait_for_beats(1)
+        bouncer.broadcast("hi")
+        assert ["hi"] == client.datas(1)
+
+
+@detaching
+def test_takeover_of_twenty_generators_holds_no_worker_and_leaves_nothing(server: Server) -> None:
+    """The only worker answers. One whose client leaves is closed at its next item, and the bodies
+    of others end as whole ones: no thread and no descriptor stays."""
+    bouncer = Remote(server, maxsize=1_000)
+    generating(bouncer, 1)
+    threads, descriptors = server.count("task"), server.count("fd")
+    clients = generating(bouncer, 20)
+    bouncer.broadcast(*range(100))
+    assert [list(map(str, range(100)))] * 20 == [client.datas(100) for client in clients]
+    clients.pop().leave("close")
+    clients.pop().leave("reset")
+    publish = functools.partial(bouncer.broadcast, "x")
+    wait_until(lambda: bouncer.do(what_was_seen).get("ended") == 2, "finally", publish)
+    bouncer.disconnect("x")
+    for client in clients:
+        assert {"x"} == {*client.wait_end()}
+        assert client.whole
+        client.leave()
+    wait_until(lambda: server.count("task") <= threads, "the threads end")
+    wait_until(lambda: server.count("fd") <= descriptors, "the descriptors are closed")
+
+
+@everywhere
+def test_takeover_of_a_generator_that_keeps_its_context(server: Server) -> None:
+    bouncer = Remote(server)
+    client = bouncer.request(view=generate_with_context)
+    assert ["kept"] == client.datas(1)
+    bouncer.disconnect("x")
+    assert [] == client.wait_end()
+    assert client.whole
+
+
+def ahead(bouncer: Remote) -> Client:
+    """Have a generator yield as much as it can to a client that reads nothing."""
+    client = bouncer.request(view=generate_endlessly, receive_buffer=4096)
+    wait_until(lambda: bouncer.do(what_was_seen).get("yielded", 0) > 64, "it is ahead")
+    for _ in range(100):  # in each, it could go on
+        bouncer.stats()
+    return client
+
+
+@detaching
+def test_takeover_of_a_generator_waits_for_a_slow_client(server: Server) -> None:
+    """Which costs a few hundred KiB meanwhile, and then gets everything."""
+    bouncer = Remote(server)
+    client = ahead(bouncer)
+    assert bouncer.do(what_was_seen)["yielded"] < 500
+    assert list(range(2_000)) == list(map(int, client.datas(2_000)))
+
+
+def test_takeover_of_more_than_a_thousand_generators_leaves_them_to_the_server() -> None:
+    """The server's own threads are the brake then; when one has ended, there may be another."""
+    others, end, names = {*threading.enumerate()}, threading.Event(), list[str]()
+
+    def items() -> Iterator[str]:
+        names.append(threading.current_thread().name)
+        yield "x"
+        end.wait(TIMEOUT)
+
+    app = app_of(lambda: sse_response(items(), detach=True))
+
+    def start() -> socket.socket:
+        """Have one more run, and return its client."""
+        (ours, theirs), count = socket.socketpair(), len(names)
+        with ours:
+            parts = iter(body_of(app, offered=ours))
+            ours.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + next(parts))
+            next(parts, None)
+        wait_until(lambda: len(names) > count, "it runs")
+        return theirs
+
+    clients = [start() for _ in range(1_001)]
+    end.set()
+    for client in clients:
+        client.close()
+    wait_until(lambda: {*threading.enumerate()} <= others, "the threads end")
+    start().close()
+    assert threading.current_thread().name == names.pop(1_000)
+    assert {"sse_bouncer generator"} == {*names}
+
+
+@on("development", "sync", "gthread")
+def test_takeover_of_a_child_that_ends_is_not_the_end_of_its_parents_streams(
+    server: Server,
+) -> None:
+    """Nor of its generators; and a client that leaves is told of once, by the parent."""
+    bouncer, before = Remote(server), server.log().count("ada left")
+    (client,) = generating(bouncer, 1)
+    told = bouncer.client("ada", view=subscribe_and_tell)
+    assert [7, 7] == [bouncer.do(fork), bouncer.do(exit_in_child)]
+    told.leave()
+    wait_left(bouncer, "ada")
+    bouncer.broadcast("hi")
+    bouncer.disconnect("x")
+    assert ["hi"] == client.wait_end()
+    assert before + 1 == server.log().count("ada left")
 
 
 @pytest.fixture
@@ -2202,32 +3152,88 @@ def test_takeover_or_broadcast_in_which_a_signal_handler_closes(alarm: Any) -> N
     """At any moment: no stream is forgotten, and nobody waits for ever."""
     for number in range(1, 150):
         bouncer = EventBouncer(history=5, heartbeat=None)
-        with taken_over(bouncer) as (body, client):
+        with offered(bouncer.stream) as offer:
+            offer.begin()
             readers = [bouncer.subscribe() for _ in range(20)]
             alarm(8e-6 * number, bouncer.close)
-            assert [] == list(body)
+            assert [] == list(offer.body)
             while bouncer.subscribers:
                 bouncer.broadcast("x")
                 for reader in readers:
                     held(reader)
-            assert b":\n" in b"".join(iter(functools.partial(client.recv, 4096), b""))
+            assert b":\n" in b"".join(iter(functools.partial(offer.client.recv, 4096), b""))
             with pytest.raises(Refused):
                 bouncer.subscribe()
+
+
+def check_ended(offers: list[Offer]) -> None:
+    for offer in offers:
+        received = b"".join(iter(functools.partial(offer.client.recv, 4096), b""))
+        assert received.endswith(b":\n")
+
+
+def test_takeover_in_the_first_moment_of_which_a_signal_handler_closes(alarm: Any) -> None:
+    """Another stream ends meanwhile, and with it the hub's work: this one ends too."""
+    for number in range(1, 200):
+        bouncer = EventBouncer(heartbeat=None)
+        with offered(bouncer.stream) as one, offered(bouncer.stream) as two:
+            one.begin()
+            two.begin()
+            assert [] == list(one.body)
+            alarm(2e-6 * number, bouncer.close)
+            assert [] == list(two.body)
+            bouncer.close()
+            check_ended([one, two])
+
+
+def test_takeover_and_an_end_in_the_middle_of_which_a_signal_handler_closes(alarm: Any) -> None:
+    """No end is forgotten because the other stream's was the last."""
+    for number in range(1, 200):
+        bouncer = EventBouncer(heartbeat=None)
+        with offered(bouncer.stream) as one, offered(bouncer.stream) as two:
+            for offer in (one, two):
+                offer.begin()
+                assert [] == list(offer.body)
+            subscriptions = bouncer.subscribers
+            alarm(1e-6 * number, bouncer.close)
+            for subscription in subscriptions:
+                bouncer.unsubscribe(subscription)
+            bouncer.close()
+            check_ended([one, two])
 
 
 @pytest.mark.parametrize("items", [0, 1])
 def test_takeover_that_the_server_breaks_off_leaves_nothing(items: int) -> None:
     """Before it asks for the first item or the second: it has its connection back, and answers."""
-    bouncer, descriptors = EventBouncer(), os.listdir("/dev/fd")
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        body = body_of(app_of(bouncer.stream), offered=ours)
-        list(itertools.islice(body, items))
-        body.close()
-        ours.sendall(b"an error page")
-        assert b"an error page" == theirs.recv(100)
+    bouncer, before = EventBouncer(), descriptors()
+    with offered(bouncer.stream) as offer:
+        list(itertools.islice(offer.body, items))
+        offer.body.close()  # type: ignore[attr-defined]
+        offer.connection.sendall(b"an error page")
+        assert b"an error page" == offer.client.recv(100)
     assert () == bouncer.subscribers
-    assert descriptors == os.listdir("/dev/fd")
+    assert before == descriptors()
+
+
+class Ambiguous:
+    """An item that nothing can be compared with, such as an array of numpy."""
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("the truth value is ambiguous")
+
+
+def test_response_of_a_detached_generator_compares_no_items(caplog: Any) -> None:
+    """What cannot be formatted is left out, and the others arrive."""
+    app = app_of(lambda: sse_response(iter([Ambiguous(), "last"]), detach=True))
+    ours, theirs = socket.socketpair()
+    with ours, theirs, contextlib.closing(body_of(app, offered=ours)) as body:
+        items = iter(body)
+        ours.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + next(items))
+        assert [] == list(items)
+        theirs.settimeout(TIMEOUT)
+        received = b"".join(iter(functools.partial(theirs.recv, 4096), b""))
+        assert received.endswith(b":\ndata: last\n\n")
+        assert "left out of a stream" in caplog.text
 
 
 # =================================================================================================
@@ -2312,10 +3318,11 @@ def test_stopping_recipe_ends_streams_first(kind: str, how: str, tmp_path: Path)
         server.process.wait(TIMEOUT)
 
 
-LAST = [("development", "SIGINT"), ("waitress", "SIGINT"), ("gthread", "SIGTERM")]
+LAST = [(kind, "SIGTERM") for kind in WORKERS]
+LAST += [(kind, "SIGINT") for kind in ("development", "waitress")]
 
 
-@pytest.mark.parametrize(("kind", "how"), [*LAST, ("gevent", "SIGTERM")])
+@pytest.mark.parametrize(("kind", "how"), LAST)
 def test_stopping_sends_what_was_broadcast_right_before(
     kind: str, how: str, tmp_path: Path
 ) -> None:
@@ -2325,6 +3332,56 @@ def test_stopping_sends_what_was_broadcast_right_before(
         Task(bouncer.do, broadcast_and_end, how)  # not answered by a server that ends at once
         for reader in readers:
             assert list(map(str, range(100))) == reader.result()
+
+
+@pytest.mark.parametrize(("kind", "how"), LAST)
+def test_stopping_calls_on_close_and_closes_generators(kind: str, how: str, tmp_path: Path) -> None:
+    """Endless ones, for a client that reads and one that does not; and one that waits for us."""
+    with serve(kind, tmp_path) as server:
+        told = Remote(server).client("ada", view=subscribe_and_tell)
+        clients = [Remote(server).request(view=generate_endlessly), *generating(Remote(server), 1)]
+        readers = [Task(client.wait_end) for client in clients]
+        ahead(Remote(server))
+        server.process.send_signal(getattr(signal, how))
+        for reader in readers:
+            reader.result()
+        server.process.wait(TIMEOUT)
+        assert [] == told.wait_end()
+        assert 1 == server.log().count("ada left secret")
+        assert 3 == server.log().count("finally")
+        server.bouncers.clear()
+
+
+EXITS = """
+import socket, sys
+import flask
+from werkzeug.test import create_environ
+from sse_bouncer import EventBouncer
+
+app, bouncer = flask.Flask("test"), EventBouncer()
+app.add_url_rule("/", "view", lambda: bouncer.stream("x"))
+ours = socket.socket(fileno=int(sys.argv[1]))
+environ = {**create_environ("/"), "werkzeug.socket": ours}
+body = iter(app(environ, lambda status, headers, exc_info=None: print))
+opening = next(body)
+head = b"HTTP/1.1 200 OK\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n"
+ours.sendall(head + b"%x\\r\\n%b\\r\\n" % (len(opening), opening))
+assert [] == list(body)
+bouncer.broadcast("last")
+bouncer.disconnect("x")
+"""
+
+
+def test_stopping_sends_the_end_of_a_body_that_comes_right_before_it() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        options: Any = {"pass_fds": [ours.fileno()]}
+        finished = run(sys.executable, "-c", EXITS, str(ours.fileno()), **options)
+        assert "" == finished.stderr
+        ours.close()
+        theirs.settimeout(TIMEOUT)
+        received = b"".join(iter(functools.partial(theirs.recv, 4096), b""))
+        assert received.endswith(b"data: last\n\n\r\n0\r\n\r\n")
 
 
 # =================================================================================================
@@ -2712,5 +3769,5 @@ def test_promise_types_reach_users_of_the_wheel(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    programs: dict[str, Callable[..., None]] = {"run_pywsgi": run_pywsgi, "fork_many": fork_many}
-    programs[sys.argv[1]](*sys.argv[2:])
+    programs: list[Callable[..., None]] = [run_pywsgi, patch_late, fork_many, broadcast_in_child]
+    {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])
