@@ -11,8 +11,9 @@ With ``bouncer = EventBouncer()`` one view returns ``bouncer.stream()``, and ano
     6. RESPONSE     a stream as a Flask response: ``sse_response``
 
 A room calls only the rooms above it. There are two exceptions: ``EventBouncer.stream`` calls room
-6, and the hub tells a stream's subscription, in room 5, that it has ended. A name with an
-underscore belongs to its room, but room 6 also uses those of `EventBouncer` and `Subscription`.
+6, and the hub tells a stream's subscription, in room 5, that it has ended. An attribute or a method
+with an underscore is used only in its room, but those of `EventBouncer` and `Subscription` are used
+in room 6 too.
 
 Four words are used throughout. A *reader* is a subscription from which code takes frames by
 ``get()``. A *detached* stream is a client's connection that was taken over from the server: the hub
@@ -21,8 +22,9 @@ which reads frames and holds a worker or a thread. A *gap* is the event that tel
 has missed something for good.
 
 Everything public may be called from any thread or greenlet, and `EventBouncer.close` from a signal
-handler. Times are in seconds, but ``retry`` is in milliseconds, like the field on the wire. "The
-standard" is https://html.spec.whatwg.org/multipage/server-sent-events.html, the WHATWG's 9.2.
+handler. A finaliser may unsubscribe, but what it broadcasts in the middle of a broadcast may come
+out of order. Times are in seconds, but ``retry`` is in milliseconds, like the field on the wire.
+"The standard" is https://html.spec.whatwg.org/multipage/server-sent-events.html, the WHATWG's 9.2.
 """
 
 from __future__ import annotations
@@ -261,7 +263,7 @@ def _json_text(data: object, dumps: Callable[[object], str | bytes]) -> str:
     try:
         encoded = data if isinstance(data, _BYTES) else dumps(data)
         text = encoded if isinstance(encoded, str) else str(encoded, "utf-8")
-        if encoded is not data and ("NaN" in text or "Infinity" in text):  # perhaps only in a text
+        if encoded is not data and ("NaN" in text or "Infinity" in text):  # or in a string
             json.loads(text, parse_constant=_refuse_constant)
         return text
     except (TypeError, ValueError, RecursionError) as error:
@@ -370,7 +372,7 @@ class _History:
         return self.kept(channels, last) if is_complete or last == _EARLIEST else None
 
     def kept(self, channels: tuple[str, ...], after: _Id = _NO_ID) -> list[Frame]:
-        """Return the events of these channels, and of none, that are kept."""
+        """Return the kept events of these channels, and those for everyone."""
         newest_first = itertools.takewhile(lambda event: event.id > after, reversed(self._events))
         frames = [
             event.frame
@@ -471,7 +473,7 @@ class RedisRelay:
         return self._entries("XREVRANGE", "+", "-", count)[::-1]
 
     def read(self, after: str, timeout: float) -> list[_Entry]:
-        # At most half of the time after which the client takes a silent Redis for gone.
+        # Wait for at most half of the time after which the client takes a silent Redis for gone.
         pool = getattr(self._client, "connection_pool", None)
         pool = pool or getattr(self._client, "nodes_manager", None)  # a cluster's
         options = getattr(pool, "connection_kwargs", {})
@@ -515,7 +517,8 @@ def _decoded(value: bytes | str) -> str:
 # lock, and `start` and `wait_while_behind` without it. The first three are put into a mailbox, and
 # the hub's thread does them in that order. Everything else belongs to that thread and needs no
 # lock. It alone closes a descriptor, after it has forgotten it: a reused number gets no other
-# client's frames.
+# client's frames. Two exceptions: `start` does its work if there can be no thread, and
+# `close_in_child` closes in a forked child.
 
 _SEND_BUFFER = 64 * 1024  # bytes that a connection holds in the kernel; its default is megabytes
 _BACKLOG = 64 * 1024  # bytes of frames that may wait for the hub before publishers do
@@ -545,7 +548,7 @@ class _Stream:
     input_left: int  # how many bytes of its client's input are ignored
     pending: deque[bytes | memoryview] | None  # framed; None if it is not behind
     channels: tuple[str, ...] = ()
-    tell: Callable[[str], None] | None = None  # called with the reason when the hub ends it
+    tell: Callable[[str], None] = lambda why: None  # called with the reason when the hub ends it
     is_live: bool = False  # it is to get what is sent
     limit: int = 0  # how many frames may be pending
 
@@ -583,7 +586,6 @@ class _Hub:
         self._heartbeat_at = math.inf  # when all streams that are not behind get a heartbeat
         self._rested_at = self._busy_time = 0.0  # when it last did its mail, and how long it took
         self._thread: int | None = None
-        self._send_to_all = _sender()
         self._selector = selectors.DefaultSelector()
         self._wakeup_read, self._wakeup_write = os.pipe()
         os.set_blocking(self._wakeup_read, False)
@@ -601,7 +603,8 @@ class _Hub:
             return
         except RuntimeError:
             logger.exception("there can be no thread for the streams, which end")
-        while self._mailbox or self._wakeup_write >= 0:  # until the bouncer retires it
+        # Until the bouncer retires it. This look comes first: after it nothing is posted.
+        while self._wakeup_write >= 0 or self._mailbox:
             self._do_mail()
             for stream in {*self._deadlines, *itertools.chain(*self._groups.values())}:
                 self._close(stream)
@@ -621,15 +624,17 @@ class _Hub:
     def end(self, stream: _Stream, is_meant: bool) -> None:
         """Send a stream nothing more, and close it when it has everything, or after a while.
 
-        Only if the end is meant, its body ends as a whole one. Clients that look come back else.
+        If the end is meant, the body ends as a complete one. If not, it is cut off, and a client
+        that notices this comes back.
         """
         self._post(_Command(self._end_body if is_meant else self._end, stream))
 
     def retire(self) -> None:
         """Let the thread end when its last stream has. Nothing is posted afterwards."""
-        # Not by a post, after which the thread could end and this one write to a reused number.
+        # Not by a post: the hub's thread could take it and close the pipe before _wake() writes.
         descriptor, self._wakeup_write = self._wakeup_write, -1
-        os.close(descriptor)
+        if descriptor >= 0:  # a signal handler may have retired it a moment ago
+            os.close(descriptor)
 
     def wait_while_behind(self) -> None:
         """Wait, but not for ever, while too many bytes of frames are left to send."""
@@ -683,14 +688,14 @@ class _Hub:
         timeout = min(wake_at - time.monotonic(), _MAX_HEARTBEAT)
         for key, events in self._selector.select(timeout):
             if key.data is None:
-                # Before the flag is cleared, or the byte of a later message would be lost.
+                # Read before the flag is cleared, or this would take the byte of a later message.
                 if not os.read(self._wakeup_read, 1024):
                     self._is_retired = True
                     self._selector.unregister(self._wakeup_read)
             else:
                 self._guard(self._serve, key.data, events)
         self._gather()
-        # Also without mail: it may have been taken in the last turn, and its byte in this one.
+        # Clear it without mail too: the mail of the byte may have been taken in the last turn.
         self._is_woken = False
         began = time.monotonic()
         if self._mailbox:
@@ -702,8 +707,8 @@ class _Hub:
     def _gather(self) -> None:
         """Under load, wait for what publishers are about to add, to send it all in one go.
 
-        It stops when a pause has brought nothing new. With 1,000 streams it raised 0.63 to 0.82
-        million deliveries per second.
+        It stops when a pause has brought nothing new. With 1,000 streams it raised the rate from
+        0.63 to 0.82 million deliveries per second.
         """
         began, seen = time.monotonic(), 0
         is_loaded = began - self._rested_at < self._busy_time  # the last rest was shorter than work
@@ -735,7 +740,7 @@ class _Hub:
             self._heartbeat_at = now + self._heartbeat if self._groups else math.inf
         for stream in [stream for stream, at in self._deadlines.items() if now >= at]:
             if stream.is_live:
-                self._drop(stream)
+                stream.tell("dropped")  # which ends the stream, by the mailbox
             else:
                 self._close(stream)
 
@@ -791,7 +796,7 @@ class _Hub:
         for batch in (streams[i : i + _BATCH] for i in range(0, len(streams), _BATCH)):
             clear = [s for s in batch if s.pending is None]
             behind = [s for s in batch if s.pending is not None] if len(clear) < len(batch) else []
-            taken = self._send_to_all([s.descriptor for s in clear], data)
+            taken = _send_to_all([s.descriptor for s in clear], data)
             if taken.count(len(data)) < len(clear):  # mostly all of them have taken everything
                 for stream, count in zip(clear, taken, strict=True):
                     if count < len(data):
@@ -815,7 +820,7 @@ class _Hub:
                 self._write_pending(stream)
         over = len(stream.pending or ()) - stream.limit
         if over > _BURST:
-            self._drop(stream)
+            stream.tell("dropped")
         elif over > 0:
             self._deadlines.setdefault(stream, time.monotonic() + _MAX_LAG)
 
@@ -857,9 +862,6 @@ class _Hub:
                     connection.shutdown(socket.SHUT_WR)
         self._selector.modify(stream.descriptor, events, stream)
 
-    def _drop(self, stream: _Stream) -> None:
-        self._tell(stream, "dropped")  # which ends the stream, by the mailbox
-
     def _end_body(self, stream: _Stream) -> None:
         if stream.is_live:
             stream.pending = stream.pending or deque()
@@ -891,11 +893,7 @@ class _Hub:
         # Closing alone tells the client nothing if the process has just been forked.
         with contextlib.suppress(OSError), _socket_of(descriptor) as connection:
             connection.shutdown(socket.SHUT_RDWR)
-        self._tell(stream, "its client left")
-
-    def _tell(self, stream: _Stream, why: str) -> None:
-        if stream.tell is not None:
-            stream.tell(why)
+        stream.tell("its client left")
 
 
 def _socket_of(descriptor: int) -> socket.socket:
@@ -928,6 +926,9 @@ def _sender() -> Callable[[list[int], bytes], list[int]]:
     )
 
 
+_send_to_all = _sender()
+
+
 # =================================================================================================
 # 5. FAN-OUT
 # Every event to every subscriber, in one order, through a bounded queue for each. A subscriber that
@@ -945,6 +946,7 @@ def _sender() -> Callable[[list[int], bytes], list[int]]:
 _GRACE = 0.05
 _LOOKS = 10  # into which the wait is divided
 _OPENING_ROOM = 1_000  # frames beyond maxsize that a stream may hold before its server begins it
+_LONGEST_WAIT = 1.0  # seconds after which a reader that waits looks again
 _RELAY_WAIT = 1.0  # seconds that a subscriber waits for the relay
 _READ_TIMEOUT = 2.0  # seconds that the relay waits for an event; redis-py gives up after 5
 _FIRST_PAUSE, _LAST_PAUSE = 0.05, 1.0  # seconds between attempts to reach a relay that is away
@@ -995,7 +997,9 @@ class Subscription:
     gap: bool = False  #: Whether something it asked for is no longer kept; see `subscribe`.
     ended: str | None = None  #: Why it has ended; None while it is live.
     _frames: deque[Frame] = dataclasses.field(default_factory=deque)
-    _replay: int = 0  # how many frames of those it holds are what it missed, and do not count
+    # How many of the frames that it holds do not count: the missed ones, the snapshot, and those
+    # from before its server began with it. They are the first ones.
+    _uncounted: int = 0
     _emptied: int = 0  # how often the queue has been emptied
     _late_at: float | None = None  # when a broadcast first found it full since then
     _ready: threading.Condition | None = None  # for which its reader waits
@@ -1019,19 +1023,21 @@ class Subscription:
         """
         if timeout is not None and not timeout >= 0:
             raise ValueError(_wrong("timeout", "seconds >= 0", timeout, "use None for ever"))
+        until = math.inf if timeout is None else time.monotonic() + timeout
         with self._monitor.lock:
             if self._stream is not None:
                 expected = "a subscription that no client gets"
                 raise RuntimeError(_wrong("get", expected, self, "make another by subscribe()"))
-            if block and not self._frames and self.ended is None:
+            while not self._frames and self.ended is None:
+                left = until - time.monotonic() if block else 0.0
+                if left <= 0:
+                    raise queue.Empty
+                # In turns, as a signal handler that closes right before the wait wakes nobody.
                 self._ready = self._ready or threading.Condition(self._monitor.lock)
-                timeout = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
-                self._ready.wait_for(lambda: self._frames or self.ended is not None, timeout)
+                self._ready.wait(min(left, _LONGEST_WAIT))
             if self._frames:
                 return self._take()
-            if self.ended is not None:
-                raise Ended(errno.EPIPE, f"this subscription has ended: {self.ended}")
-            raise queue.Empty
+            raise Ended(errno.EPIPE, f"this subscription has ended: {self.ended}")
 
     def get_nowait(self) -> Frame:
         return self.get(block=False)
@@ -1045,7 +1051,7 @@ class Subscription:
     def full(self) -> bool:
         """Return whether the next broadcast would find no room."""
         room = self.maxsize + (_OPENING_ROOM if self._is_opening else 0)
-        return len(self._frames) - self._replay >= room
+        return len(self._frames) - self._uncounted >= room
 
     def __iter__(self) -> Iterator[Frame]:
         return self
@@ -1070,7 +1076,7 @@ class Subscription:
         """Begin as a stream through the server: what it holds by now does not count."""
         with self._monitor.lock:
             self._is_opening = False
-            self._replay = len(self._frames)
+            self._uncounted = len(self._frames)
 
     def _end(self, why: str) -> None:
         """End it. Called by the hub, for a stream of its own."""
@@ -1086,10 +1092,10 @@ class Subscription:
 
     # What follows is the bouncer's, and called with the lock held.
 
-    def _hold(self, frames: list[Frame]) -> None:
+    def _put_first(self, frames: list[Frame]) -> None:
         """Put frames that do not count before those that it holds."""
         self._frames.extendleft(reversed(frames))
-        self._replay += len(frames)
+        self._uncounted += len(frames)
 
     def _put(self, frame: Frame) -> None:
         self._frames.append(frame)
@@ -1097,7 +1103,7 @@ class Subscription:
 
     def _take(self) -> Frame:
         frame = self._frames.popleft()
-        self._replay = max(0, self._replay - 1)
+        self._uncounted = max(0, self._uncounted - 1)
         if not self._frames:
             self._emptied += 1
             self._late_at = None
@@ -1108,15 +1114,12 @@ class Subscription:
         if self._ready is not None:
             self._ready.notify_all()
 
-    def _late_since(self) -> int | None:
-        """Return how often it has been emptied, if it is full and worth a wait; else None."""
+    def _emptied_if_late(self) -> int | None:
+        """Return how often it has been emptied if it is full and worth a wait; else None."""
         if self._is_opening or not self.full():
             return None
         self._late_at = self._late_at or time.monotonic()
         return self._emptied if time.monotonic() < self._late_at + _MAX_LAG else None
-
-    def _has_caught_up(self, since: int) -> bool:
-        return self._emptied > since or self.ended is not None
 
     def _detach(self, stream: _Stream) -> list[bytes]:
         """Become a stream of the hub. Return the frames that it held."""
@@ -1197,7 +1200,8 @@ class EventBouncer:
         _bouncers.add(self)
 
     def _begin_in_process(self) -> None:
-        self._made: dict[str, _Monitor] = {}  # see _monitor
+        # The monitor, once it is used; a dictionary, because setdefault() is one step.
+        self._made: dict[str, _Monitor] = {}
         # Those that code reads by get(): hundreds at most, as each holds a thread. If a view fails
         # and its subscription is never read, it fills up and is dropped.
         self._readers: weakref.WeakKeyDictionary[Subscription, None] = weakref.WeakKeyDictionary()
@@ -1247,10 +1251,12 @@ class EventBouncer:
             key = f"sse:{app.import_name}"
             settings["relay"] = RedisRelay.from_url(config["SSE_REDIS_URL"], key)
         fresh = EventBouncer(**settings)
-        if count := len(self.subscribers):
-            advice = "call it before the app is served"
-            raise RuntimeError(_wrong("init_app", "no subscribers", count, advice))
-        self.__dict__.update(vars(fresh), _given=given, _dumps=lambda data: app.json.dumps(data))
+        with self._monitor.lock:  # nobody subscribes between the look and the update
+            if count := len(self.subscribers):
+                advice = "call it before the app is served"
+                raise RuntimeError(_wrong("init_app", "no subscribers", count, advice))
+            new = {**vars(fresh), "_given": given, "_dumps": lambda data: app.json.dumps(data)}
+            self.__dict__.update(new)
         app.extensions["sse_bouncer"] = self
 
     def subscribe(self, *channels: str, last_event_id: str | None = None) -> Subscription:
@@ -1347,13 +1353,13 @@ class EventBouncer:
         What was broadcast before is still delivered. With a relay this is for all processes; if
         the relay fails, it is for this one, and the relay's error is raised.
         """
-        names = [_check_channel(name) for name in channels]
+        left = [_check_channel(name) for name in channels]
         try:
-            while self.relay is not None and names:
-                self.relay.publish(names[-1], None)
-                names.pop()
+            while self.relay is not None and left:
+                self.relay.publish(left[-1], None)
+                left.pop()
         finally:
-            self._disconnect(names)
+            self._disconnect(left)  # without a relay all; with one, those that it did not take
 
     def close(self) -> None:
         """End every stream of this process, after what it holds, and refuse new ones.
@@ -1456,7 +1462,7 @@ class EventBouncer:
             if not wants_snapshot:
                 gap = _with_id(_GAP, _id_text(self._history.complete_since(channels)))
                 missed = [gap, *self._history.kept(channels)]
-        subscription._hold(missed)
+        subscription._put_first(missed)
 
     def _refuse(self, expected: str, given: str) -> NoReturn:
         with self._monitor.lock:
@@ -1474,7 +1480,7 @@ class EventBouncer:
             # what was broadcast while it was made.
             frame = _with_id(frame, _id_text(subscription._begins_after))
         with self._monitor.lock:
-            subscription._hold([frame])
+            subscription._put_first([frame])
 
     def _tell_when_closed(self, subscription: Subscription, on_close: Callable[[], object]) -> None:
         self._monitor.callbacks.expect()
@@ -1533,7 +1539,7 @@ class EventBouncer:
             self._retire_hub_if_idle()
             self._monitor.changed.notify_all()
 
-    # What delivers events. The relay's reader calls the first three, too.
+    # What delivers events. The relay's reader calls the first two.
 
     def _deliver(
         self,
@@ -1544,7 +1550,8 @@ class EventBouncer:
     ) -> None:
         with self._monitor.lock:
             self._wait_for_slow_readers(channel)
-            # Without a relay both are None. Else init_app() may have replaced the reader meanwhile.
+            # init_app() may have replaced the reader that this comes from. Both are None without a
+            # relay.
             if source is not self._relay_reader:
                 return
             if id is None and self._gives_ids and frame is not None:
@@ -1563,7 +1570,7 @@ class EventBouncer:
         if hub is not None:
             hub.wait_while_behind()
 
-    def _begin_after(self, floor: _Id, events: list[_Event], source: _RelayReader) -> None:
+    def _restart_history(self, floor: _Id, events: list[_Event], source: _RelayReader) -> None:
         """Begin the history anew, and tell every stream that it may have missed something."""
         with self._monitor.lock:
             if source is not self._relay_reader:
@@ -1599,7 +1606,9 @@ class EventBouncer:
         # a wait that times out uses up one of the looks.
         looks = _LOOKS
         while looks:
-            late = {r: n for r in self._audience(channel) if (n := r._late_since()) is not None}
+            late = {
+                r: n for r in self._audience(channel) if (n := r._emptied_if_late()) is not None
+            }
             if not late:
                 return
             have_caught_up = functools.partial(_have_caught_up, late)
@@ -1607,11 +1616,12 @@ class EventBouncer:
                 looks -= 1
 
     def _disconnect(self, channels: Iterable[str | None]) -> None:
+        names = set(channels)
         for subscription in self.subscribers:
-            if not set(channels).isdisjoint(subscription.channels):
+            if not names.isdisjoint(subscription.channels):
                 self._remove(subscription, "disconnected")
 
-    # What belongs to the relay, to a forked child, and to the end of the process.
+    # What belongs to the relay, and to a forked child.
 
     def _start_relay_reader(self) -> _RelayReader | None:
         if self.relay is None or self._closed:
@@ -1631,10 +1641,6 @@ class EventBouncer:
     def _is_read_by(self, reader: _RelayReader) -> bool:
         return self._relay_reader is reader and not self._closed
 
-    def _notify(self) -> None:
-        with self._monitor.lock:
-            self._monitor.changed.notify_all()
-
     def _begin_in_child(self) -> None:
         # Threads and clients are the parent's, and a lock that was held would stay locked for ever.
         old = (*self._detached, *self._audience(None))
@@ -1642,9 +1648,6 @@ class EventBouncer:
         self._publishes_into_nothing = self.relay is None and bool(old)
         for subscription in old:
             subscription._disown(self._monitor)
-
-    def _wait_for_callbacks(self, until: float) -> None:
-        self._monitor.callbacks.wait_until_done(until - time.monotonic())
 
 
 _SETTINGS = [field.name for field in dataclasses.fields(EventBouncer)]
@@ -1672,8 +1675,9 @@ class _Callbacks:
             try:
                 _start_thread(self._run, "sse_bouncer on_close")
             except RuntimeError:
-                self._is_running = False
-                self._expected -= 1
+                with self._changed:
+                    self._is_running = False
+                    self._expected -= 1
                 raise
 
     def call(self, on_close: Callable[[], object]) -> None:
@@ -1692,7 +1696,9 @@ class _Callbacks:
                 on_close = self._due.popleft()
             try:
                 on_close()
-            except (Exception, SystemExit):
+            except _Forked:
+                raise
+            except BaseException:  # also SystemExit and gevent.Timeout: the next ones have to run
                 logger.exception("an on_close function failed: %r", on_close)
             del on_close  # and with it the context of the view
             with self._changed:  # in one step with the look, or the next one had no thread
@@ -1737,7 +1743,7 @@ class _RelayReader:
             except Exception:  # it is away, as the reader will find
                 answer.put([])
 
-        _start_thread(ask, "sse_bouncer relay")
+        _start_thread(ask, "sse_bouncer relay query")
         try:
             newest = answer.get(timeout=_RELAY_WAIT)
         except queue.Empty:
@@ -1768,8 +1774,9 @@ class _RelayReader:
                 self._take(entries)
                 pause, has_failed = _FIRST_PAUSE, False
             self._has_tried.set()
+            # Nothing was read, and at once: read() has failed, or did not wait.
             if self._position == position and time.monotonic() < began + pause:
-                time.sleep(pause * random.uniform(0.5, 1))  # it failed, or its read() did not wait
+                time.sleep(pause * random.uniform(0.5, 1))
 
     def _take(self, entries: list[_Entry]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
@@ -1778,17 +1785,18 @@ class _RelayReader:
             return
         if self._position is None:
             parsed = [each for entry in entries if (each := _parse_entry(entry)) is not None]
-            floor = parsed[0][1] if parsed else _NO_ID
-            bouncer._begin_after(floor, [event for event, _ in parsed], self)
+            _, floor = parsed[0] if parsed else (None, _NO_ID)  # the id before the first event's
+            bouncer._restart_history(floor, [event for event, _ in parsed], self)
             self._position = (_parse_id(entries[-1][0]) if entries else None) or _NO_ID
-            return
+            entries = []
         for entry in entries:
             try:
                 self._take_entry(bouncer, entry, self._position)
             except Exception:
                 logger.exception("unexpected error; the relay's reader goes on")
             self._position = _parse_id(entry[0]) or self._position
-        bouncer._notify()  # subscribe() may wait for this position
+        with bouncer._monitor.lock:  # subscribe() may wait for this position
+            bouncer._monitor.changed.notify_all()
 
     def _take_entry(self, bouncer: EventBouncer, entry: _Entry, position: _Id) -> None:
         parsed = _parse_entry(entry)
@@ -1797,7 +1805,7 @@ class _RelayReader:
         event, after = parsed
         if after != position:
             logger.warning("events were lost in the relay before this process read them")
-            bouncer._begin_after(_floor_after_loss(event.id, after, position), [], self)
+            bouncer._restart_history(_floor_after_loss(event.id, after, position), [], self)
         bouncer._deliver(event.channel, event.frame, event.id, self)
 
 
@@ -1828,7 +1836,8 @@ def _parse_entry(entry: _Entry) -> tuple[_Event, _Id] | None:
 
 
 def _have_caught_up(late: dict[Subscription, int]) -> bool:
-    return all(reader._has_caught_up(since) for reader, since in late.items())
+    """Return whether each reader has been emptied again, or has ended."""
+    return all(reader._emptied > n or reader.ended is not None for reader, n in late.items())
 
 
 def _check_heartbeat(seconds: Any) -> None:
@@ -1855,7 +1864,7 @@ def _retry_range(retry: Any) -> tuple[int, int] | None:
 
 def _check_channel(name: Any) -> str:
     if not isinstance(name, str):
-        raise TypeError(_wrong("channel", "one name", name, "a broadcast goes to one channel"))
+        raise TypeError(_wrong("channel", "one name", name, "give each as a text of its own"))
     if not name:
         raise ValueError(_wrong("channel", "a name", name, "leave it out for everyone"))
     return _check_text("channel", name)
@@ -2016,13 +2025,13 @@ class _Body(abc.ABC):
         # The connection, if its server blocks in sends: then a timeout can be set, and a body can
         # be broken off without noise, because that server takes a broken pipe for a lost client.
         waits = connection is not None and connection.waits_for_client
-        self._blocking: Any = connection.socket if connection is not None and waits else None
+        self._blocking_socket: Any = connection.socket if connection is not None and waits else None
         self._is_detached = False
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            # Flask forgets a request when its view and its after_request functions are over. If
-            # they read the body themselves, there is no server that could be waited for.
+            # Flask sets this to None when the view and the after_request functions are over. Until
+            # then it is they who read the body, and there is no server to wait for.
             is_in_view = self._environ.get("werkzeug.request") is not None
             if self._takeover is not None and not is_in_view and self._takeover.begin():
                 yield self.opening
@@ -2032,9 +2041,9 @@ class _Body(abc.ABC):
             elif self.opening:
                 yield self.opening
             for wire in self.served(is_in_view):
-                if self._blocking is not None:
+                if self._blocking_socket is not None:
                     # Or a client that stops reading would hold this thread for ever.
-                    self._blocking.settimeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
+                    self._blocking_socket.settimeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
                 yield wire
         except BaseException:  # at once: a traceback would keep a body that has failed
             self.close()
@@ -2045,9 +2054,9 @@ class _Body(abc.ABC):
             self._takeover.close()
         if not self._is_detached:
             self.release()
-        if self._blocking is not None:
+        if self._blocking_socket is not None:
             with contextlib.suppress(OSError):  # the server has closed it
-                self._blocking.settimeout(None)
+                self._blocking_socket.settimeout(None)
 
     __del__ = close
 
@@ -2088,7 +2097,10 @@ class _SubscriptionBody(_Body):
                     raise RuntimeError(_wrong("stream", "a client", given, advice)) from None
                 yield self._bouncer._heartbeat_wire
             except Ended:
-                if self._blocking is not None and self._subscription.ended not in _MEANT_ENDS:
+                if (
+                    self._blocking_socket is not None
+                    and self._subscription.ended not in _MEANT_ENDS
+                ):
                     raise
                 return
 
@@ -2140,7 +2152,7 @@ class _GeneratorBody(_Body):
         except Exception as error:
             if has_begun:
                 yield _FAILED.wire
-            if not has_begun or self._blocking is None:
+            if not has_begun or self._blocking_socket is None:
                 raise
             logger.exception("a generator failed; its stream is cut off")
             raise Ended(errno.EPIPE, "its generator has failed") from error
@@ -2208,7 +2220,7 @@ class _Connection(NamedTuple):
 
     socket: Any  # the server's own object; None if the server gives only the descriptor
     descriptor: int
-    waits_for_client: bool  # the server's sends block; a broken pipe is a client that left to it
+    waits_for_client: bool  # the server's sends block; it takes a broken pipe for a lost client
 
 
 def _connection_of(environ: Mapping[str, Any]) -> _Connection | None:
@@ -2363,8 +2375,8 @@ def _head_and_framing(
 ) -> tuple[bytes, _Framing] | None:
     """Return what a client is to get first, and how the body goes on.
 
-    It is what the server wrote, but for the header that it will close the connection. None if it
-    wrote something else than a 200 and the opening.
+    The client gets what the server wrote, with ``Connection: close`` as its only Connection header.
+    None if the server wrote something else than a 200 and the opening.
     """
     head, _, body = written.partition(b"\r\n\r\n")
     is_chunked = _CHUNKED.search(head) is not None
@@ -2430,7 +2442,7 @@ if hasattr(os, "register_at_fork"):
 
 @atexit.register
 def _end_at_exit() -> None:
-    bouncers = list(_bouncers)  # with the generators', which may read from the others
+    bouncers = list(_bouncers)  # also `_generators`, whose generators may read from the others
     for bouncer in bouncers:
         bouncer.close()
     for started, seconds in (_running, _GENERATOR_EXIT_TIME), (_hubs, _EXIT_TIME):
@@ -2439,4 +2451,4 @@ def _end_at_exit() -> None:
             time.sleep(_POLL_INTERVAL)
     until = time.monotonic() + _EXIT_TIME
     for bouncer in bouncers:
-        bouncer._wait_for_callbacks(until)
+        bouncer._monitor.callbacks.wait_until_done(until - time.monotonic())
