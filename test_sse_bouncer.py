@@ -234,49 +234,34 @@ def go_on(bouncer: EventBouncer) -> None:
     held_up.set()
 
 
+def items_of(source: Iterable[Any], sight: dict[str, Any]) -> Iterator[str]:
+    """Yield what the context has, and then the items; note how many, and when it is closed."""
+    try:
+        yield f"{flask.session['user']}, {flask.current_app.config['SECRET_KEY']}"
+        for item in source:
+            sight["yielded"] = sight.get("yielded", 0) + 1
+            yield item
+    finally:
+        sight["ended"] = sight.get("ended", 0) + 1
+        report("finally")
+
+
 @served
 def generate(bouncer: EventBouncer) -> flask.Response:
-    """Yield what the session has, and then what is broadcast."""
+    """Yield what is broadcast. With ``kept`` in the query, Flask keeps the context."""
     flask.session["user"] = "ada"
-    subscription, sight = bouncer.subscribe("x"), seen[flask.request.args["bouncer"]]
-
-    def items() -> Iterator[str]:
-        try:
-            yield f"{flask.session['user']}, {flask.current_app.config['SECRET_KEY']}"
-            yield from subscription
-        finally:
-            sight["ended"] = sight.get("ended", 0) + 1
-            report("finally")
-
-    return sse_response(items(), detach=bouncer.detach)
-
-
-@served
-def generate_with_context(bouncer: EventBouncer) -> flask.Response:
-    """Yield what the view has kept, and then what is broadcast."""
-    flask.g.kept, subscription = "kept", bouncer.subscribe("x")
-
-    def items() -> Iterator[str]:
-        yield flask.g.kept
-        yield from subscription
-
-    return sse_response(flask.stream_with_context(items()), detach=bouncer.detach)
+    items = items_of(bouncer.subscribe("x"), seen[flask.request.args["bouncer"]])
+    items = flask.stream_with_context(items) if "kept" in flask.request.args else items
+    return sse_response(items, detach=bouncer.detach)
 
 
 @served
 def generate_endlessly(bouncer: EventBouncer) -> flask.Response:
     """Yield numbers, of a kilobyte each."""
-    sight = seen[flask.request.args["bouncer"]]
-
-    def items() -> Iterator[str]:
-        try:
-            for number in itertools.count():
-                sight["yielded"] = number
-                yield str(number).rjust(1000)
-        finally:
-            report("finally")
-
-    return sse_response(items(), detach=bouncer.detach)
+    flask.session["user"] = "ada"
+    numbers = (str(number).rjust(1000) for number in itertools.count())
+    items = items_of(numbers, seen[flask.request.args["bouncer"]])
+    return sse_response(items, detach=bouncer.detach)
 
 
 @served
@@ -1304,8 +1289,9 @@ class Redis(Process):
         import redis
         from redis.backoff import NoBackoff
 
+        make: Any = redis.RedisCluster if options.pop("cluster", False) else redis.Redis
         options["retry"] = redis.retry.Retry(NoBackoff(), 0)
-        self._clients.append(redis.Redis("127.0.0.1", self.port, **options))
+        self._clients.append(make(host="127.0.0.1", port=self.port, **options))
         return self._clients[-1]
 
     def relay(self, key: str, **options: Any) -> RedisRelay:
@@ -1625,9 +1611,7 @@ def test_redis_is_not_waited_for_because_of_forged_ids(
     """Alive or away: a worker waits only for what Redis has, and once if Redis hangs."""
     processes.redis = new_redis()
     bouncer, in_vain, wait = processes(), list[object](), threading.Condition.wait
-    first = bouncer.subscribe()
-    bouncer.broadcast("known")
-    assert ["known"] == next_datas(first, 1)
+    ids_of(bouncer, "known")
     fail(processes.redis)
 
     def noted(self: threading.Condition, timeout: float | None = None) -> bool:
@@ -1749,6 +1733,49 @@ def test_processes_without_a_relay_are_warned_of_once_each(fleet: Remote) -> Non
 def test_processes_serve_clients_that_hop_between_them(fleet: Remote) -> None:
     """They miss nothing, get nothing twice and see no gap while events flow."""
     check_followed(fleet)
+
+
+@pytest.fixture
+def cluster(new_redis: Callable[..., Redis]) -> Iterator[Redis]:
+    """A Redis that is a cluster by itself."""
+    with held_port() as bus:
+        redis = new_redis("--cluster-enabled", "yes", "--cluster-port", str(bus))
+        client = redis.client(decode_responses=True)
+        client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "a cluster")
+        yield redis
+
+
+def check_idle(bouncer: EventBouncer, client: Any) -> None:
+    """It reads nothing again, also a megabyte, and goes on reading when nothing has come."""
+    subscription = bouncer.subscribe()
+    bouncer.broadcast("x" * 2**20)
+    next_events(subscription, 1)
+    before = client.info("all")
+    reads = before["cmdstat_xread"]["calls"] + 5
+    wait_until(lambda: client.info("all")["cmdstat_xread"]["calls"] >= reads, "it waits, and again")
+    assert client.info()["total_net_output_bytes"] - before["total_net_output_bytes"] < 2**20
+
+
+def test_redis_silence_is_not_taken_for_death(processes: Processes, new_redis: Any) -> None:
+    processes.redis = new_redis()
+    check_idle(processes(socket_timeout=0.2), processes.redis.client())
+
+
+def test_redis_may_be_a_cluster(processes: Processes, cluster: Redis, caplog: Any) -> None:
+    """The log has nothing to say."""
+    processes.redis = cluster
+    check_idle(processes(socket_timeout=0.2, cluster=True), cluster.client())
+    assert [] == caplog.messages
+
+
+def test_redis_keeps_about_maxlen(processes: Processes) -> None:
+    relay = RedisRelay(processes.redis.client(), processes.key, maxlen=10)
+    ids = ids_of(processes(relay), *range(300))
+    kept = processes.redis.client().xlen(processes.key)
+    assert 10 <= kept < 300
+    late = processes(history=1000).subscribe(last_event_id=ids[0])
+    assert [GAP, *map(str, range(300 - kept, 300))] == held(late)
 
 
 class OddRelay:
@@ -2109,7 +2136,9 @@ def test_fan_out_says_what_one_wants_to_see(caplog: Any) -> None:
 
 def test_fan_out_counts_who_is_refused_for_want_of_descriptors() -> None:
     """Also if there is not one left."""
-    resource = pytest.importorskip("resource")
+    need("resource")
+    import resource
+
     limits, bouncer = resource.getrlimit(resource.RLIMIT_NOFILE), EventBouncer()
     body_of(app_of(bouncer.stream)).close()  # which imports what it needs
     lowest_free = os.open(os.devnull, os.O_RDONLY)
@@ -2959,7 +2988,7 @@ TLS += [(kind, "--certfile", "--keyfile") for kind in ("gthread-served", "gevent
 
 
 @pytest.mark.parametrize(
-    ("view", "first"), [(subscribe, b":\n"), (generate_with_context, b"data: kept\n")]
+    ("view", "first"), [(subscribe, b":\n"), (generate, b"data: ada, secret\n")]
 )
 @pytest.mark.parametrize(("kind", "cert_option", "key_option"), TLS)
 def test_takeover_leaves_tls_to_the_server(
@@ -2974,7 +3003,7 @@ def test_takeover_leaves_tls_to_the_server(
     with serve(kind, tmp_path / "app", cert_option, certificate, key_option, key) as server:
         server.tls = ssl.create_default_context(cafile=certificate)
         bouncer = Remote(server, detach=True)
-        with server.open(bouncer.url(view, channel="x")) as stream:
+        with server.open(bouncer.url(view, channel="x", kept=1)) as stream:
             assert first == stream.readline()
             assert 0 == bouncer.stats()["detached"]
             bouncer.broadcast("hi")
@@ -3005,7 +3034,9 @@ def test_takeover_of_a_request_whose_body_nobody_reads(
     assert ["hi"] == client.datas(1)
 
 
-@on("development", *WORKERS, "pywsgi")  # waitress has a buffer, and uWSGI sends no large head
+@on(
+    "development", "sync", "gevent", "pywsgi"
+)  # waitress has a buffer, and uWSGI sends no large head
 def test_takeover_of_a_large_head_or_of_one_that_is_too_large(server: Server) -> None:
     """200 KB of cookies arrive. 4 MB are an error that ends the request: its worker is free."""
     bouncer = Remote(server)
@@ -3062,8 +3093,8 @@ def test_takeover_of_twenty_generators_holds_no_worker_and_leaves_nothing(server
 @everywhere
 def test_takeover_of_a_generator_that_keeps_its_context(server: Server) -> None:
     bouncer = Remote(server)
-    client = bouncer.request(view=generate_with_context)
-    assert ["kept"] == client.datas(1)
+    client = bouncer.request(view=generate, query={"kept": 1})
+    assert ["ada, secret"] == client.datas(1)
     bouncer.disconnect("x")
     assert [] == client.wait_end()
     assert client.whole
@@ -3084,7 +3115,7 @@ def test_takeover_of_a_generator_waits_for_a_slow_client(server: Server) -> None
     bouncer = Remote(server)
     client = ahead(bouncer)
     assert bouncer.do(what_was_seen)["yielded"] < 500
-    assert list(range(2_000)) == list(map(int, client.datas(2_000)))
+    assert list(range(2_000)) == list(map(int, client.datas(2_001)[1:]))
 
 
 def test_takeover_of_more_than_a_thousand_generators_leaves_them_to_the_server() -> None:
@@ -3096,17 +3127,14 @@ def test_takeover_of_more_than_a_thousand_generators_leaves_them_to_the_server()
         yield "x"
         end.wait(TIMEOUT)
 
-    app = app_of(lambda: sse_response(items(), detach=True))
-
     def start() -> socket.socket:
         """Have one more run, and return its client."""
-        (ours, theirs), count = socket.socketpair(), len(names)
-        with ours:
-            parts = iter(body_of(app, offered=ours))
-            ours.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + next(parts))
-            next(parts, None)
-        wait_until(lambda: len(names) > count, "it runs")
-        return theirs
+        with offered(lambda: sse_response(items(), detach=True)) as offer:
+            count, client = len(names), offer.client.dup()
+            offer.begin()
+            next(offer.body, None)
+            wait_until(lambda: len(names) > count, "it runs")
+        return client
 
     clients = [start() for _ in range(1_001)]
     end.set()
@@ -3126,7 +3154,7 @@ def test_takeover_of_a_child_that_ends_is_not_the_end_of_its_parents_streams(
     bouncer, before = Remote(server), server.log().count("ada left")
     (client,) = generating(bouncer, 1)
     told = bouncer.client("ada", view=subscribe_and_tell)
-    assert [7, 7] == [bouncer.do(fork), bouncer.do(exit_in_child)]
+    assert 7 == bouncer.do(exit_in_child)
     told.leave()
     wait_left(bouncer, "ada")
     bouncer.broadcast("hi")
