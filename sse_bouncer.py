@@ -1025,19 +1025,20 @@ class Subscription:
             raise ValueError(_wrong("timeout", "seconds >= 0", timeout, "use None for ever"))
         until = math.inf if timeout is None else time.monotonic() + timeout
         with self._monitor.lock:
-            if self._stream is not None:
-                expected = "a subscription that no client gets"
-                raise RuntimeError(_wrong("get", expected, self, "make another by subscribe()"))
-            while not self._frames and self.ended is None:
+            self._ready = self._ready or threading.Condition(self._monitor.lock)
+            while True:
+                if self._stream is not None:
+                    expected = "a subscription that no client gets"
+                    raise RuntimeError(_wrong("get", expected, self, "make another by subscribe()"))
+                if self._frames:
+                    return self._take()
+                if self.ended is not None:
+                    raise Ended(errno.EPIPE, f"this subscription has ended: {self.ended}")
                 left = until - time.monotonic() if block else 0.0
                 if left <= 0:
                     raise queue.Empty
                 # In turns, as a signal handler that closes right before the wait wakes nobody.
-                self._ready = self._ready or threading.Condition(self._monitor.lock)
                 self._ready.wait(min(left, _LONGEST_WAIT))
-            if self._frames:
-                return self._take()
-            raise Ended(errno.EPIPE, f"this subscription has ended: {self.ended}")
 
     def get_nowait(self) -> Frame:
         return self.get(block=False)
