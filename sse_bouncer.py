@@ -1921,7 +1921,7 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
         ``yield``; for a slow client it waits. When the process ends, generators get up to 5
         seconds. Without it, the default, a graceful stop waits for them, 30 seconds in gunicorn.
         There can be 1,000 at a time; more of them, and all on servers that keep their connections,
-        go through the server, as without it.
+        go through the server, as without it, but also in a copy of the view's context.
     :raises TypeError: if ``source`` cannot be iterated, or is a text, bytes or a mapping.
     :raises RuntimeError: if a subscription is streamed by another response already.
     """
@@ -2127,9 +2127,10 @@ class _GeneratorBody(_Body):
         self._source = source
         # Through the server, one that fails at once is answered by the server's own 500.
         self.opening = b"" if self._takeover is None else _HEARTBEAT
-        # The view's context is gone when the generator runs. Of the server's thread only JSON needs
-        # it, to be the app's own; in a thread of its own the generator needs it, too.
+        # The view's context is gone when the generator runs. JSON needs it, to be the app's own. A
+        # generator that asks for a thread gets it, and so it does where there is no such thread.
         self._in_context = contextvars.copy_context().run
+        self._wants_context = detach
 
     def frames(self, items: Iterator[object]) -> Iterator[Frame]:
         for item in items:
@@ -2145,7 +2146,8 @@ class _GeneratorBody(_Body):
     def served(self, is_in_view: bool) -> Iterator[bytes]:
         has_begun = False
         try:
-            for frame in self.frames(iter(self._source)):
+            items = self._items_in_context() if self._wants_context else iter(self._source)
+            for frame in self.frames(items):
                 yield frame.wire
                 has_begun = True
         except Ended:  # of a subscription that it reads: as if the client had left
@@ -2171,7 +2173,9 @@ class _GeneratorBody(_Body):
     def release(self) -> None:
         close = getattr(self._source, "close", None)
         self._source = ()
-        if close is not None:
+        if close is not None and self._wants_context:
+            self._in_context(close)
+        elif close is not None:
             close()
 
     def _run(self, subscription: Subscription) -> None:
@@ -2209,7 +2213,7 @@ class _GeneratorBody(_Body):
 
     def _finish(self, subscription: Subscription, why: str) -> None:
         try:
-            self._in_context(self.release)
+            self.release()
         except Exception:
             logger.exception("a generator failed when it was closed")
         _generators._remove(subscription, why)

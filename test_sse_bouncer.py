@@ -2994,7 +2994,7 @@ TLS += [(kind, "--certfile", "--keyfile") for kind in ("gthread-served", "gevent
 def test_takeover_leaves_tls_to_the_server(
     kind: str, cert_option: str, key_option: str, view: Any, first: bytes, tmp_path: Path
 ) -> None:
-    """Also what a generator yields that asks for detach=True."""
+    """Also what a generator yields that asks for detach=True, and it has the view's context."""
     need("openssl")
     key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
     request = "openssl req -x509 -newkey rsa:2048 -noenc -subj /CN=x -addext".split()
@@ -3003,7 +3003,7 @@ def test_takeover_leaves_tls_to_the_server(
     with serve(kind, tmp_path / "app", cert_option, certificate, key_option, key) as server:
         server.tls = ssl.create_default_context(cafile=certificate)
         bouncer = Remote(server, detach=True)
-        with server.open(bouncer.url(view, channel="x", kept=1)) as stream:
+        with server.open(bouncer.url(view, channel="x")) as stream:
             assert first == stream.readline()
             assert 0 == bouncer.stats()["detached"]
             bouncer.broadcast("hi")
