@@ -1965,10 +1965,7 @@ def _stream_response(
         subscription = bouncer._subscribe(channels, seen, snapshot is not None, is_opening=True)
     except Refused as refused:
         _warn_once(f"clients are told to come back later: {refused}")
-        low, high = bouncer._retry or (0, 0)
-        # At least some seconds: with the app's own retry of 0 they would be back at once, for ever.
-        retry = random.randint(max(low, _REFUSED_RETRY[0]), max(high, _REFUSED_RETRY[1]))
-        return _respond([b"retry: %d\n: no room now, come back later\n" % retry])
+        return _refusal(bouncer._retry or (0, 0))
     try:
         if snapshot is not None and (seen is None or subscription.gap):
             bouncer._add_snapshot(subscription, snapshot)
@@ -1980,6 +1977,12 @@ def _stream_response(
         bouncer.unsubscribe(subscription)
         raise
     return response
+
+
+def _refusal(retry: tuple[int, int]) -> Response:
+    """Tell a client to come back, after some seconds at least: at once would be for ever."""
+    milliseconds = random.randint(*map(max, retry, _REFUSED_RETRY))
+    return _respond([b"retry: %d\n: no room now, come back later\n" % milliseconds])
 
 
 def _subscription_response(subscription: Subscription) -> Response:
