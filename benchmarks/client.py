@@ -2,7 +2,8 @@
 
 Each event has a number and a time, and ends with the only "$". The client counts those and keeps a
 checksum of each stream, which is cheap. Afterwards it compares the first stream with what was
-published, and all others with that one: nothing lost, repeated, changed or reordered goes unseen.
+published, and all others with that one, to the byte, so that the chunks of HTTP/1.1 have to be the
+same, too: nothing lost, repeated, changed or reordered goes unseen.
 """
 
 import random
@@ -32,6 +33,8 @@ class Subscriber:
 
 
 class Client:
+    _path = "/stream"
+
     def __init__(self, port: int) -> None:
         self._address = ("127.0.0.1", port)
         self._epoll = select.epoll()
@@ -69,7 +72,8 @@ class Client:
 
     def join(self) -> None:
         connection = socket.create_connection(self._address, timeout=20)
-        connection.sendall(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        path = self._path.format(connection.fileno())
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         self.subscribers[connection.fileno()] = subscriber = Subscriber(connection)
         self._witness = self._witness or subscriber
         self._epoll.register(connection.fileno(), select.POLLIN)
@@ -149,9 +153,11 @@ class Client:
 
     def publish(self, stamp: float, count: int = 1) -> None:
         """Post one event, or several in one body."""
-        body = b"\n".join(_payload(len(self.sent) + i, stamp) for i in range(count))
+        self._post(b"\n".join(_payload(len(self.sent) + i, stamp) for i in range(count)))
         self.sent += [stamp] * count
         self._at += [0] * count
+
+    def _post(self, body: bytes) -> None:
         if self._publisher:
             (poll := select.poll()).register(self._publisher, select.POLLIN)
             if poll.poll(0):
@@ -194,7 +200,7 @@ class Client:
         """Return the input from the first event on; nothing if there is none yet."""
         subscriber.head += data
         if not subscriber.head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"the server answered a subscriber with {subscriber.head[:200]!r}")
+            raise RuntimeError(f"a subscriber got {subscriber.head.splitlines()[0]!r}")
         if not (event := re.search(rb"@(\d{9})", subscriber.head)):
             return b""
         subscriber.first = subscriber.next = int(event[1])
@@ -212,6 +218,34 @@ class Client:
         if not data or b"\nconnection: close" in data.lower():
             self._publisher.close()
             self._publisher = None
+
+
+class Users(Client):
+    """Each subscriber is a user, with events of its own beside those for all."""
+
+    _path = "/stream?user={}"
+
+    def measure(self, seconds: float, rate: float = 0.0) -> dict[str, Any]:
+        """Post 100 events at a time, each to another user, or one; go on when they have come."""
+        cpu, late, sent, wrong = time.process_time(), [], 0, 0
+        begin = now = time.monotonic()
+        while now < begin + seconds:
+            users, stamp = random.sample(list(self.subscribers), 1 if rate else 100), now
+            due = {fd: _payload(number, stamp) for number, fd in enumerate(users, sent)}
+            self._post(b"\n".join(b"%b %d" % (event, fd) for fd, event in due.items()))
+            sent += len(users)
+            while (due or not self.idle) and now < stamp + _SILENCE:
+                for fd, _ in self._epoll.poll(0.05, _BATCH):
+                    if fd not in self.subscribers:
+                        self._answered()
+                        continue
+                    for event in re.findall(rb"@[^$]*\$", self.subscribers[fd].receive(_CHUNK)):
+                        late.append(time.monotonic() - stamp)
+                        wrong += due.pop(fd, b"") != event
+                now = time.monotonic()
+        cpu, elapsed = time.process_time() - cpu, now - begin
+        lost = (sent - len(late) + 2 * wrong) / sent  # one at the wrong user is missing elsewhere
+        return {"late": late, "lost": lost, "rate": len(late) / elapsed, "cpu": cpu / elapsed}
 
 
 def _payload(number: int, stamp: float) -> bytes:

@@ -15,21 +15,21 @@ from servers import BASELINE, SERVERS
 DISTURBED = 0.25  # a run is marked if other processes took more of the two cores
 # The plot has no background, and colours that are easy to see on white and on black.
 INK = "#757c85"
-COLORS = ["#c2620c", "#d1365a", "#8c62d9", "#2f81d8", "#218a3f", "#218a3f", "#218a3f"]
+COLORS = ["#c2620c", "#d1365a", "#8c62d9", "#2f81d8", *["#218a3f"] * 3, "#8c62d9", "#218a3f"]
 
 
 def save(data: dict[str, Any], folder: Path) -> None:
     """Write the results, one line for each run or sample; print and publish what they say."""
     (folder / "results.json").write_text(json.dumps(data).replace('{"', '\n{"').lstrip() + "\n")
-    for name, table in ("runs", results), ("soak", soak):
+    for name, table in ("subscribers", results), ("users", results), ("soak", soak):
         if data.get(name):
-            print(f"\n{table(data)}")
+            print(f"\n{table(data, name)}")
             if (page := folder / "README.md").exists() and f"<!-- {name} -->" in page.read_text():
                 before, begin, rest = page.read_text().partition(f"<!-- {name} -->")
                 _, end, after = rest.partition(f"<!-- end of {name} -->")
-                page.write_text(f"{before}{begin}\n\n{table(data)}\n\n{end}{after}")
-    if data.get("runs"):
-        plot(data["runs"], folder / "results.svg")
+                page.write_text(f"{before}{begin}\n\n{table(data, name)}\n\n{end}{after}")
+    if data.get("subscribers"):
+        plot(data["subscribers"], folder / "results.svg")
 
 
 def number(value: float) -> str:
@@ -60,38 +60,35 @@ COLUMNS: dict[str, Callable[[dict[str, list[float]]], str]] = {
 def cells(runs: list[dict[str, Any]]) -> dict[tuple[str, int], Any]:
     """Return all figures of each server and size, without disturbed runs if there are others."""
     found = {}
-    base = {(r["n"], r["repeat"]): r["rate"] for r in runs if r["server"] == BASELINE}
+    quiet = [run for run in runs if run["others"] <= DISTURBED]
+    base = {(r["n"], r["repeat"]): r["rate"] for r in quiet if r["server"] == BASELINE}
     for n in sorted({run["n"] for run in runs}):
         for name in SERVERS:
             mine = [run for run in runs if (run["server"], run["n"]) == (name, n)]
             if used := [run for run in mine if run["others"] <= DISTURBED] or mine:
                 cell = {key: [run[key] for run in used] for key in used[0]}
-                cell["ratio"] = [r["rate"] / base.get((n, r["repeat"]), math.nan) for r in used]
+                pairs = [(run["rate"], base.get((n, run["repeat"]))) for run in used]
+                cell["ratio"] = [rate / other for rate, other in pairs if other] or [math.nan]
                 cell["bad"] = [run["others"] > DISTURBED for run in mine]
                 found[name, n] = cell
     return found
 
 
-def one_line(run: dict[str, Any]) -> str:
-    text = f"{number(run['rate'])}/s, p99 {number(run['p99_ms'])} ms, lost {run['lost']:.2%}"
-    return f"{text} * others took {run['others']:.0%}" if run["others"] > DISTURBED else text
-
-
-def results(data: dict[str, Any]) -> str:
+def results(data: dict[str, Any], part: str) -> str:
     lines = [data["machine"] + ".", "", f"| server | N | {' | '.join(COLUMNS)} |"]
     lines.append("| --- |" + " ---: |" * (1 + len(COLUMNS)))
-    for (name, n), cell in cells(data["runs"]).items():
+    for (name, n), cell in cells(data[part]).items():
         strong = "**" * name.startswith("sse_bouncer")
         row = " | ".join(column(cell) for column in COLUMNS.values())
         lines.append(f"| {strong}{name}{strong} | {n:,} | {row} |")
     missing = [f"- No result for {what}: {why}" for what, why in data["missing"].items()]
-    return "\n".join([*lines, "", *missing]).strip()
+    return "\n".join([*lines, "", *(line for line in missing if f" {part}:" in line)]).strip()
 
 
-def soak(data: dict[str, Any]) -> str:
+def soak(data: dict[str, Any], part: str) -> str:
     lines = [data["about"], "", "| when | subscribers | MiB | descriptors | threads | p99 ms |"]
     lines.append("| --- |" + " ---: |" * 5)
-    for row in data["soak"]:
+    for row in data[part]:
         figures = row["subscribers"], row["memory"], row["descriptors"], row["threads"]
         lines.append(f"| {row['when']} | {' | '.join(map(number, (*figures, row['p99_ms'])))} |")
     return "\n".join(lines)
@@ -109,7 +106,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     }
     figure = Figure(figsize=(4, 9), layout="constrained")
     for axes, (key, (title, unit)) in zip(figure.subplots(3), panels.items(), strict=True):
-        for name, color, marker in zip(SERVERS, COLORS, "osD^osD", strict=True):
+        for name, color, marker in zip(SERVERS, COLORS, "osD^osDvv", strict=True):
             mine = {n: c[key] for (server, n), c in cells(runs).items() if server == name}
             low, mid, high = ([max(0.1, f(ys)) for ys in mine.values()] for f in (min, median, max))
             axes.plot(list(mine), mid, marker + "-", c=color, ms=4, label=name)

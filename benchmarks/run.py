@@ -11,35 +11,38 @@ from pathlib import Path
 from typing import Any
 
 import report
-from client import Client
+from client import Client, Users
 from numpy import percentile
-from servers import HERE, SERVERS, busy, machine, prepare, running, usage
+from servers import HERE, SERVERS, WITH_USERS, busy, machine, prepare, running, usage
 from tqdm import tqdm, trange
 
 OFFERED = 10_000  # deliveries a second, in the second part
 
 
 def compare(options: argparse.Namespace, data: dict[str, Any]) -> None:
-    names = [name for name in SERVERS if options.only in name]
-    plan = list(product(range(options.repeats), options.sizes, names))
-    data |= {"machine": machine(), "runs": [], "missing": {}}
-    for repeat, n, name in (bar := tqdm(plan, unit="run")):
-        what = f"{name} with {n:,}"
+    kinds = [("subscribers", Client, name) for name in SERVERS]
+    kinds += [("users", Users, name) for name in WITH_USERS]
+    kinds = [kind for kind in kinds if options.only in kind[2]]
+    plan = list(product(range(options.repeats), options.sizes, kinds))
+    data |= {"machine": machine(), "subscribers": [], "users": [], "missing": {}}
+    for repeat, n, (part, kind, name) in (bar := tqdm(plan, unit="run")):
+        what = f"{name} with {n:,} {part}"
         if what in data["missing"]:
             continue
         try:
             gc.collect()  # what the last client left, its sockets too
-            run = measure(name, n, options.seconds, options.cores)
-            data["runs"].append({"server": name, "n": n, "repeat": repeat, **run})
-            said = report.one_line(run)
+            run = measure(kind, name, n, options)
+            data[part].append({"server": name, "n": n, "repeat": repeat, **run})
+            said = f"{run['rate']:,.0f}/s, lost {run['lost']:.2%}, others took {run['others']:.0%}"
         except (OSError, RuntimeError) as error:
             said = data["missing"][what] = str(error)
         bar.write(f"{what}: {said}")
 
 
-def measure(name: str, n: int, seconds: float, cores: tuple[int, int]) -> dict[str, Any]:
+def measure(kind: type[Client], name: str, n: int, options: argparse.Namespace) -> dict[str, Any]:
+    seconds, cores = options.seconds, options.cores
     with running(name, n, cores[0]) as (port, processes):
-        client = Client(port)
+        client = kind(port)
         client.connect(1)  # now all is loaded that is loaded on first use
         empty = usage(processes)
         client.connect(n)
@@ -107,14 +110,14 @@ def main() -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="does it work here? Into a temporary folder")
     add("--soak", type=float, metavar="MINUTES", help="instead: two rounds of so long")
-    add("--sizes", type=int, nargs="+", default=[100, 1000, 5000, 10_000], metavar="N")
+    add("--sizes", type=int, nargs="+", default=[100, 1000, 10_000], metavar="N")
     add("--seconds", type=float, default=4.0, help="how long to publish in each part (4)")
     add("--repeats", type=int, default=3, help="of everything (3)")
     add("--only", default="", metavar="NAME", help="servers with this in their name")
     add("--out", type=Path, default=HERE, metavar="FOLDER", help="for the results (this folder)")
     options = parser.parse_args()
     if options.quick:
-        options.sizes, options.seconds, options.repeats = [50, 200], 1.0, 1
+        options.sizes, options.seconds, options.repeats = [100, 200], 1.0, 1
         options.out = Path(tempfile.mkdtemp(prefix="sse_bouncer-bench-"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the servers, too
     gc.disable()  # millions of numbers and no cycles: its pauses would count as the server's

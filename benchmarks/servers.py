@@ -22,19 +22,24 @@ HERE = Path(__file__).resolve().parent
 PACKAGES = "flask gunicorn gevent flask-sse redis sse-starlette starlette uvicorn uvloop httptools"
 
 GUNICORN = "gunicorn --bind 127.0.0.1:{port} --log-level error --timeout 120 --graceful-timeout 1"
+GEVENT = GUNICORN + " -k gevent --worker-connections {room}"
 UVICORN = "uvicorn --factory --port {port} --log-level warning --no-access-log"
 REDIS = "redis-server --bind 127.0.0.1 --port {port} --save ''"
 # The streams of sse_bouncer need no room: no worker, thread or greenlet is theirs.
 SERVERS = {
     "blog post, gthread": GUNICORN
     + " -k gthread --threads {room} --worker-connections {room} 'apps:blog_post()'",
-    "blog post, gevent": GUNICORN + " -k gevent --worker-connections {room} 'apps:blog_post()'",
-    "flask-sse, gevent": GUNICORN + " -k gevent --worker-connections {room} 'apps:flask_sse()'",
+    "blog post, gevent": GEVENT + " 'apps:blog_post()'",
+    "flask-sse, gevent": GEVENT + " 'apps:flask_sse()'",
     "sse-starlette, uvicorn": UVICORN + " apps:sse_starlette",
     "sse_bouncer, sync": GUNICORN + " 'apps:sse_bouncer()'",
     "sse_bouncer, gthread": GUNICORN + " -k gthread --threads 4 'apps:sse_bouncer()'",
     "sse_bouncer, gevent": GUNICORN + " -k gevent 'apps:sse_bouncer()'",
+    "flask-sse, gevent × 2": GEVENT + " --workers 2 'apps:flask_sse()'",
+    "sse_bouncer, sync × 2": GUNICORN + " --workers 2 'apps:sse_bouncer()'",
 }
+# Measured with an event for one of many users, too. flask-sse has no event for all beside those.
+WITH_USERS = ["blog post, gevent", "sse-starlette, uvicorn", "sse_bouncer, sync"]
 BASELINE = "blog post, gevent"  # the fastest of the peers that reach 10,000 subscribers
 
 
@@ -61,7 +66,7 @@ def running(name: str, subscribers: int, core: int) -> Iterator[tuple[int, list[
             return port
 
         try:
-            if name.startswith("flask-sse"):
+            if name.startswith("flask-sse") or name.endswith("× 2"):
                 environment["REDIS_URL"] = f"redis://127.0.0.1:{start(*shlex.split(REDIS))}"
             yield start(sys.executable, "-m", *shlex.split(SERVERS[name])), started
         finally:
