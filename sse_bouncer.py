@@ -773,20 +773,23 @@ class _Hub:
             self._sent_bytes += sum(len(message.wire) for message in messages)
 
     def _send_framed(self, framing: _Framing, messages: list[tuple[str | None, bytes]]) -> None:
+        by_name: dict[str | None, list[tuple[int, bytes]]] = {}  # with their places in the order
+        for place, (name, wire) in enumerate(messages):
+            by_name.setdefault(name, []).append((place, wire))
         # First the streams of the named channels: those that have the same channels get the same.
         alike: dict[tuple[str, ...], dict[_Stream, None]] = {}
-        for name in {name for name, _ in messages if name is not None}:
+        for name in by_name.keys() - {None}:
             for stream in self._groups.get((framing, name), ()):
                 alike.setdefault(stream.channels, {})[stream] = None
         for channels, streams in alike.items():
-            wires = [wire for name, wire in messages if name is None or name in channels]
-            self._send_to(list(streams), wires)
+            mine = sorted(itertools.chain(*(by_name.get(name, ()) for name in (None, *channels))))
+            self._send_to(list(streams), [wire for _, wire in mine])
         # Then all others, which get only what is for everyone.
-        if to_all := [wire for name, wire in messages if name is None]:
+        if to_all := by_name.get(None):
             rest = list(self._groups.get((framing, None), ()))
             if alike:
                 rest = [stream for stream in rest if stream.channels not in alike]
-            self._send_to(rest, to_all)
+            self._send_to(rest, [wire for _, wire in to_all])
             self._heartbeat_at = time.monotonic() + self._heartbeat
 
     def _send_to(self, streams: list[_Stream], wires: list[bytes]) -> None:
