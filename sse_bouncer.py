@@ -539,6 +539,10 @@ _EXIT_TIME = 1.0  # seconds that a process which ends gives its hubs and callbac
 _Framing = Callable[[bytes], bytes]  # what to send for a frame; for b"", what ends the body
 
 
+class _Owner(Protocol):
+    def _end(self, why: str) -> None: ...
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class _Stream:
     """A client's connection, and what it has still to get. Once attached, it is the hub's own."""
@@ -548,7 +552,8 @@ class _Stream:
     input_left: int  # how many bytes of its client's input are ignored
     pending: deque[bytes | memoryview] | None  # framed; None if it is not behind
     channels: tuple[str, ...] = ()
-    tell: Callable[[str], None] = lambda why: None  # called with the reason when the hub ends it
+    # Whom the hub tells when it ends the stream. No bound method: that takes 64 bytes more.
+    owner: _Owner = dataclasses.field(init=False)
     is_live: bool = False  # it is to get what is sent
     limit: int = 0  # how many frames may be pending
 
@@ -740,7 +745,7 @@ class _Hub:
             self._heartbeat_at = now + self._heartbeat if self._groups else math.inf
         for stream in [stream for stream, at in self._deadlines.items() if now >= at]:
             if stream.is_live:
-                stream.tell("dropped")  # which ends the stream, by the mailbox
+                stream.owner._end("dropped")  # which ends the stream, by the mailbox
             else:
                 self._close(stream)
 
@@ -823,7 +828,7 @@ class _Hub:
                 self._write_pending(stream)
         over = len(stream.pending or ()) - stream.limit
         if over > _BURST:
-            stream.tell("dropped")
+            stream.owner._end("dropped")
         elif over > 0:
             self._deadlines.setdefault(stream, time.monotonic() + _MAX_LAG)
 
@@ -896,7 +901,7 @@ class _Hub:
         # Closing alone tells the client nothing if the process has just been forked.
         with contextlib.suppress(OSError), _socket_of(descriptor) as connection:
             connection.shutdown(socket.SHUT_RDWR)
-        stream.tell("its client left")
+        stream.owner._end("its client left")
 
 
 def _socket_of(descriptor: int) -> socket.socket:
@@ -1129,7 +1134,7 @@ class Subscription:
         """Become a stream of the hub. Return the frames that it held."""
         held, self._frames = self._frames, _NO_FRAMES
         self._stream = stream if self.ended is None else None
-        stream.channels, stream.tell = self.channels, self._end
+        stream.channels, stream.owner = self.channels, self
         return [frame.wire for frame in held]
 
     def _mark_ended(self, why: str) -> Callable[[], object] | None:
