@@ -2250,6 +2250,19 @@ def test_init_app_with_what_is_wrong_changes_nothing(wrong: dict[str, Any]) -> N
     assert id == bouncer.latest_id()
 
 
+def test_on_close_may_raise_anything_and_the_next_one_is_called(caplog: Any) -> None:
+    """Also what is no Exception, such as gevent.Timeout."""
+    bouncer, told = EventBouncer(), threading.Event()
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    for left in (fail, told.set):
+        body_of(app_of(functools.partial(bouncer.stream, on_close=left))).close()
+    assert told.wait(TIMEOUT)
+    assert "on_close function failed" in caplog.text
+
+
 def test_on_close_of_thousands_that_end_at_once(caplog: Any) -> None:
     """By one thread, in order, however far the server came with each; closed or just forgotten.
     What one raises is logged, and holds up none. Who was refused is not told of."""
