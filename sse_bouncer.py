@@ -1255,8 +1255,8 @@ class EventBouncer:
         settings = {name: config.get(f"SSE_{name.upper()}", given[name]) for name in given}
         if config.get("SSE_REDIS_URL") is not None:
             if config.get("SSE_RELAY") is not None:
-                advice = "leave one of them out"
-                raise ValueError(_wrong("SSE_RELAY", "no SSE_REDIS_URL beside it", app, advice))
+                relay, advice = config["SSE_RELAY"], "leave one of them out"
+                raise ValueError(_wrong("SSE_REDIS_URL", "no SSE_RELAY beside it", relay, advice))
             key = f"sse:{app.import_name}"
             settings["relay"] = RedisRelay.from_url(config["SSE_REDIS_URL"], key)
         fresh = EventBouncer(**settings)
@@ -2109,12 +2109,10 @@ class _SubscriptionBody(_Body):
                     raise RuntimeError(_wrong("stream", "a client", given, advice)) from None
                 yield self._bouncer._heartbeat_wire
             except Ended:
-                if (
-                    self._blocking_socket is not None
-                    and self._subscription.ended not in _MEANT_ENDS
-                ):
-                    raise
-                return
+                is_meant = self._subscription.ended in _MEANT_ENDS
+                if is_meant or self._blocking_socket is None:
+                    return
+                raise  # so that the server breaks the body off
 
     def attach(self, stream: _Stream) -> None:
         self._bouncer._attach(self._subscription, stream)
