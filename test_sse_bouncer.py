@@ -11,7 +11,7 @@ A test whose package or program is missing skips and says so; under ``CI=true`` 
 asserts how long something takes, or sleeps to let something else happen: a test waits for what it
 wants to see, and fails after TIMEOUT seconds.
 
-To have a server do something new, add a `served` function to THE APP UNDER TEST, and call it by
+To have a server do something new, add a function to THE APP UNDER TEST, and call it by
 ``bouncer.do(function, ...)``. To add a server, add a line to SERVERS.
 """
 
@@ -26,6 +26,7 @@ import decimal
 import errno
 import functools
 import gc
+import glob
 import http.client
 import importlib.util
 import inspect
@@ -39,6 +40,7 @@ import os
 import queue
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -51,18 +53,19 @@ import time
 import urllib.request
 import uuid
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import parse_qs, urlencode
-from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 import flask
 import pytest
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.test import create_environ
+from werkzeug.wsgi import ClosingIterator
 
 from sse_bouncer import (
     Ended,
@@ -88,8 +91,8 @@ PROGRAMS = ("redis-server", "nginx", "chromium", "chromedriver", "curl", "openss
 
 
 # =================================================================================================
-# THE APP UNDER TEST, which servers import from this file. Each function that is `served` does one
-# thing that a test wants done in a server: ``bouncer.do(function, ...)`` calls it there.
+# THE APP UNDER TEST, which servers import from this file. Each function of a bouncer does one thing
+# that a test wants done in a server: ``bouncer.do(function, ...)`` calls it there.
 
 app = flask.Flask(__name__)
 app.config.update(SECRET_KEY="secret", COMPRESS_MIMETYPES=["text/event-stream"])
@@ -112,87 +115,50 @@ def requested_bouncer() -> EventBouncer:
             options = json.loads(name)
             del options["number"]
             if options.get("relay"):
-                import redis
-
-                options["relay"] = RedisRelay(redis.Redis.from_url(options["relay"]), name)
+                options["relay"] = RedisRelay.from_url(options["relay"], name)
             bouncers[name] = EventBouncer(**options)
         return bouncers[name]
 
 
-Served = TypeVar("Served", bound=Callable[..., Any])
+@app.route("/<function>", methods=["GET", "POST"])
+def view(function: str) -> flask.Response:
+    """Call a function or a method with the request's bouncer, and with arguments in JSON."""
+    functions = {**vars(EventBouncer), **globals()}
+    if function not in functions:
+        flask.abort(404)
+    args, kwargs = flask.request.get_json(silent=True) or ([], {})
+    returned = functions[function](requested_bouncer(), *args, **kwargs)
+    return returned if isinstance(returned, flask.Response) else flask.jsonify(returned)
 
 
-def served(do: Served) -> Served:
-    """Make a view of a function of the request's bouncer and of arguments in JSON."""
-
-    def view() -> flask.Response:
-        args, kwargs = flask.request.get_json(silent=True) or ([], {})
-        returned = do(requested_bouncer(), *args, **kwargs)
-        return returned if isinstance(returned, flask.Response) else flask.jsonify(returned)
-
-    app.add_url_rule(f"/{do.__name__}", do.__name__, view, methods=["GET", "POST"])
-    return do
-
-
-@served
-def call(bouncer: EventBouncer, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a method that takes and returns what JSON can hold."""
-    return getattr(bouncer, method)(*args, **kwargs)
-
-
-@served
 def broadcast(bouncer: EventBouncer, messages: Iterable[object], fields: Any) -> None:
     for message in messages:
         bouncer.broadcast(message, **fields)
 
 
-@served
 def broadcast_and_end(bouncer: EventBouncer, how: str) -> None:
     """Broadcast numbers, and have the process end at once."""
     broadcast(bouncer, range(100), {})
     os.kill(os.getpid(), getattr(signal, how))
 
 
-@served
 def subscribe(bouncer: EventBouncer) -> flask.Response:
-    """Stream. With ``ended`` in the query, the stream has ended before the server begins it."""
-    response = bouncer.stream(*flask.request.args.getlist("channel"))
-    if "ended" in flask.request.args:
+    """Stream. The query says with what head; and if something is held, or the stream has ended,
+    before the server begins it."""
+    query = flask.request.args
+    if "session" in query:
+        flask.session["user"] = flask.request.remote_addr
+    response = bouncer.stream(*query.getlist("channel"))
+    response.status_code = query.get("status", 200, int)
+    for number in range(query.get("headers", 0, int)):
+        response.headers[f"X-{number}"] = "x" * 50_000
+    if {"held", "ended"} & query.keys():
         bouncer.broadcast("a")
+    if "ended" in query:
         bouncer.disconnect("x")
     return response
 
 
-@served
-def subscribe_with_session(bouncer: EventBouncer) -> flask.Response:
-    flask.session["user"] = flask.request.remote_addr
-    return subscribe(bouncer)
-
-
-@served
-def subscribe_with_status(bouncer: EventBouncer) -> flask.Response:
-    response = subscribe(bouncer)
-    response.status_code = 201
-    return response
-
-
-@served
-def subscribe_that_holds(bouncer: EventBouncer) -> flask.Response:
-    """Broadcast when the stream is made, but has not begun."""
-    response = sse_response(bouncer.subscribe("x"))
-    bouncer.broadcast("a")
-    return response
-
-
-@served
-def subscribe_with_large_head(bouncer: EventBouncer) -> flask.Response:
-    response = subscribe(bouncer)
-    for number in range(int(flask.request.args["headers"])):
-        response.headers[f"X-{number}"] = "x" * 50_000
-    return response
-
-
-@served
 def subscribe_with_state(bouncer: EventBouncer) -> flask.Response:
     """The state is a megabyte; while it is made, a thousand numbers are broadcast."""
 
@@ -203,39 +169,32 @@ def subscribe_with_state(bouncer: EventBouncer) -> flask.Response:
     return bouncer.stream(snapshot=load)
 
 
-def report(line: str) -> None:
-    """Print a line in one piece, though other threads print too."""
-    os.write(1, f"{line}\n".encode())
-
-
-@served
 def subscribe_and_tell(bouncer: EventBouncer) -> flask.Response:
     """Tell who left: by the session, and the app's configuration."""
-    (user,) = flask.request.args.getlist("channel")
-    flask.session["user"], sight = user, seen[flask.request.args["bouncer"]]
+    flask.session["user"] = flask.request.args["channel"]
 
     def left() -> None:
-        report(f"{flask.session['user']} left {flask.current_app.config['SECRET_KEY']}")
-        sight.setdefault("left", []).append(flask.session["user"])
+        line = f"{flask.session['user']} left {flask.current_app.config['SECRET_KEY']}\n"
+        os.write(1, line.encode())  # in one piece, though other threads print too
+        what_was_seen(bouncer).setdefault("left", []).append(flask.session["user"])
 
-    return bouncer.stream(user, on_close=left)
+    return bouncer.stream(flask.session["user"], on_close=left)
 
 
 held_up = threading.Event()
 
 
-@served
 def subscribe_and_block(bouncer: EventBouncer) -> flask.Response:
     return bouncer.stream(on_close=held_up.wait)
 
 
-@served
 def go_on(bouncer: EventBouncer) -> None:
     held_up.set()
 
 
-def items_of(source: Iterable[Any], sight: dict[str, Any]) -> Iterator[str]:
+def items_of(source: Iterable[str]) -> Iterator[str]:
     """Yield what the context has, and then the items; note how many, and when it is closed."""
+    sight = seen[flask.request.args["bouncer"]]
     try:
         yield f"{flask.session['user']}, {flask.current_app.config['SECRET_KEY']}"
         for item in source:
@@ -243,61 +202,46 @@ def items_of(source: Iterable[Any], sight: dict[str, Any]) -> Iterator[str]:
             yield item
     finally:
         sight["ended"] = sight.get("ended", 0) + 1
-        report("finally")
+        os.write(1, b"finally\n")
 
 
-@served
 def generate(bouncer: EventBouncer) -> flask.Response:
-    """Yield what is broadcast. With ``kept`` in the query, Flask keeps the context."""
-    flask.session["user"] = "ada"
-    items = items_of(bouncer.subscribe("x"), seen[flask.request.args["bouncer"]])
-    items = flask.stream_with_context(items) if "kept" in flask.request.args else items
-    return sse_response(items, detach=bouncer.detach)
-
-
-@served
-def generate_endlessly(bouncer: EventBouncer) -> flask.Response:
-    """Yield numbers, of a kilobyte each."""
-    flask.session["user"] = "ada"
+    """Yield what is broadcast, or with ``endless`` in the query numbers, of a kilobyte each. With
+    ``kept``, Flask keeps the context."""
+    flask.session["user"], query = "ada", flask.request.args
     numbers = (str(number).rjust(1000) for number in itertools.count())
-    items = items_of(numbers, seen[flask.request.args["bouncer"]])
+    items = items_of(numbers if "endless" in query else bouncer.subscribe("x"))
+    items = flask.stream_with_context(items) if "kept" in query else items
     return sse_response(items, detach=bouncer.detach)
 
 
-@served
 def generate_and_fail(bouncer: EventBouncer) -> flask.Response:
     numbers = [1] * int(flask.request.args["items"]) + [0]
     return sse_response((1 / number for number in numbers), detach=bouncer.detach)
 
 
-@served
 def broadcast_what_is_logged(bouncer: EventBouncer) -> None:
     """Broadcast megabytes when the hub logs that it has dropped a client, from its thread."""
 
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.getMessage().startswith("dropped"):
-                logger.removeHandler(self)
-                broadcast(bouncer, ["y" * 100_000] * 200, {})
+    def see(record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith("dropped"):
+            logger.removeFilter(see)
+            broadcast(bouncer, ["y" * 100_000] * 200, {})
+        return True
 
     logger = logging.getLogger("sse_bouncer")
-    logger.addHandler(Handler())
+    logger.addFilter(see)
     logger.setLevel("DEBUG")
 
 
-@served
 def what_was_seen(bouncer: EventBouncer) -> dict[str, Any]:
     return seen[flask.request.args["bouncer"]]
 
 
-@served
 def limit_descriptors(bouncer: EventBouncer, limit: int) -> None:
-    import resource
-
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
 
 
-@served
 def replace_connection(bouncer: EventBouncer, port: int) -> None:
     """Put another file in the place of the process's connection to a client's port."""
     null = os.open(os.devnull, os.O_RDONLY)
@@ -318,28 +262,25 @@ def status_of_child(do: Callable[..., Any], *args: Any) -> int | None:
     return process.exitcode
 
 
-def begin_anew(bouncer: EventBouncer) -> None:
-    """As a child: begin with nothing, and be able to do everything. Then the status is 7."""
-    before = bouncer.stats()["subscribers"]
-    with bouncer.subscribe() as subscription:
-        bouncer.broadcast("of the child")
-        while "of the child" not in subscription.get(timeout=30):
-            pass
-    os._exit(7 if before == 0 else 8)
-
-
-@served
 def fork(bouncer: EventBouncer) -> int | None:
-    return status_of_child(begin_anew, bouncer)
+    """Have a child that begins with nothing, and can do everything: then its status is 7."""
+
+    def begin_anew() -> None:
+        before = bouncer.stats()["subscribers"]
+        with bouncer.subscribe() as subscription:
+            bouncer.broadcast("of the child")
+            while "of the child" not in subscription.get(timeout=30):
+                pass
+        os._exit(7 + before)
+
+    return status_of_child(begin_anew)
 
 
-@served
 def fork_and_stay(bouncer: EventBouncer) -> None:
     """Have a child that waits for a signal."""
     threading.Thread(target=status_of_child, args=[signal.pause]).start()
 
 
-@served
 def exit_in_child(bouncer: EventBouncer) -> int:
     """Have a child end as a program does."""
     if (child := os.fork()) == 0:
@@ -351,28 +292,24 @@ def exit_in_child(bouncer: EventBouncer) -> int:
 def broadcast_in_child() -> None:
     """Broadcast twice in a child that has inherited a stream."""
     bouncer = EventBouncer()
-    subscription = bouncer.subscribe()
-    status_of_child(broadcast, bouncer, "ab", {})
-    bouncer.unsubscribe(subscription)
+    with bouncer.subscribe():
+        status_of_child(broadcast, bouncer, "ab", {})
 
 
 def fork_many(url: str) -> None:
     """Fork children that live on while their parent's greenlets would run, under gevent."""
-    import redis
-
-    bouncer = EventBouncer(relay=RedisRelay(redis.Redis.from_url(url), "gevent"))
+    bouncer = EventBouncer(relay=RedisRelay.from_url(url, "gevent"))
     subscription = bouncer.subscribe()
     for number in range(20):
         if os.fork() == 0:
             time.sleep(1)
             os._exit(0)
         bouncer.broadcast(number)
-        print(*datas([subscription.get(timeout=20)]))
+        print(*next_datas(subscription, 1))
 
 
 @app.after_request
 def after(response: flask.Response) -> flask.Response:
-    response.headers["X-Pid"] = str(os.getpid())
     response.set_cookie("first", "1")
     response.set_cookie("second", "2")
     return response
@@ -384,35 +321,32 @@ def teardown(error: BaseException | None) -> None:
         seen[flask.request.args["bouncer"]]["teardown"] = repr(error)
 
 
-class Middleware:
-    """Adds a header. A query with ``watched`` has the body watched; one with ``compressed`` is
+def middleware(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Add a header. A query with ``watched`` has the body watched; one with ``compressed`` is
     compressed for a client that accepts it."""
 
-    def __init__(self, wsgi: WSGIApplication) -> None:
-        self._wsgi = wsgi
+    def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        return start_response(status, [*headers, ("X-Middleware", "1")], exc_info)
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            return start_response(status, [*headers, ("X-Middleware", "1")], exc_info)
+    query = parse_qs(environ["QUERY_STRING"])
+    if "compressed" not in query:
+        environ.pop("HTTP_ACCEPT_ENCODING", None)
+    body: Any = inner(environ, start)
+    if "watched" not in query:
+        return body  # type: ignore[no-any-return]
+    sight = seen[query["bouncer"][0]]
+    sight.update(bytes=0, closed=False)
 
-        query = parse_qs(environ["QUERY_STRING"])
-        if "compressed" not in query:
-            environ.pop("HTTP_ACCEPT_ENCODING", None)
-        body: Any = self._wsgi(environ, start)
-        return self._watch(body, seen[query["bouncer"][0]]) if "watched" in query else body
+    def note(chunk: bytes) -> bytes:
+        sight["bytes"] += len(chunk)
+        return chunk
 
-    def _watch(self, body: Any, sight: dict[str, Any]) -> Iterator[bytes]:
-        sight.update(bytes=0, closed=False)
-        try:
-            for chunk in body:
-                sight["bytes"] += len(chunk)
-                yield chunk
-        finally:
-            body.close()
-            sight["closed"] = True
+    note_end = functools.partial(sight.update, closed=True)
+    return ClosingIterator(map(note, body), [body.close, note_end])
 
 
-app.wsgi_app = Middleware(ProxyFix(app.wsgi_app))  # type: ignore[method-assign]
+inner = ProxyFix(app.wsgi_app)
+app.wsgi_app = middleware  # type: ignore[method-assign]
 
 
 def blog_post() -> flask.Flask:
@@ -476,30 +410,22 @@ def machine() -> None:
     """What the run needs of its process, and so of those that it starts."""
     os.environ["NO_PROXY"] = "127.0.0.1"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs ignore
-    with contextlib.suppress(ImportError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY:  # what a thousand streams take, here and in a server
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 3_000)), hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # What a thousand streams take, here and in a server.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 3_000)), hard))
 
 
 def need(*names: str) -> None:
     """Skip the test if a package or a program that it uses is missing; under CI it fails."""
     for name in names:
         found = shutil.which(name) if name in PROGRAMS else importlib.util.find_spec(name)
-        if found is None and os.environ.get("CI") == "true":
-            pytest.fail(f"{name} is missing")
         if found is None:
+            assert os.environ.get("CI") != "true", f"{name} is missing"
             pytest.skip(f"{name} is missing")
 
 
 Step = Callable[[], object]
-
-
-def pause() -> None:
-    """Leave the processor to what is waited for."""
-    time.sleep(0.01)
+pause = functools.partial(time.sleep, 0.01)  # leaves the processor to what is waited for
 
 
 def wait_until(condition: Step, what: str, step: Step = pause) -> None:
@@ -530,12 +456,9 @@ class Task(Future[Any]):
 
     def wait_until_blocked(self) -> Task:
         """Wait until the thread waits for another: its innermost frame is a Condition's wait."""
-
-        def is_blocked() -> bool:
-            frame = sys._current_frames().get(self.thread.ident or 0)
-            return frame is not None and frame.f_code is threading.Condition.wait.__code__
-
-        wait_until(is_blocked, "the thread waits")
+        ident, wait = self.thread.ident or 0, threading.Condition.wait.__code__
+        frames = sys._current_frames
+        wait_until(lambda: getattr(frames().get(ident), "f_code", 0) is wait, "the thread waits")
         return self
 
 
@@ -618,12 +541,9 @@ def next_datas(subscription: Subscription, count: int) -> list[str]:
     return list(map(str, next_events(subscription, count)))
 
 
-def id_value(id: str | None) -> tuple[int, ...]:
-    return tuple(map(int, (id or "").split("-")))
-
-
 def are_increasing(ids: Iterable[str | None]) -> bool:
-    return all(one < two for one, two in itertools.pairwise(map(id_value, ids)))
+    values = [tuple(map(int, str(id).split("-"))) for id in ids]
+    return values == sorted(set(values))
 
 
 class Client:
@@ -635,16 +555,14 @@ class Client:
         self.body, self.parser, self.unread = bytearray(), Parser(), deque[Event]()
         self.ended = False  # the server has ended the body, or closed the connection
         self.whole = False  # ... and had sent all of it
-        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-        self.socket = socket.socket(family)
+        self.socket = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         self.socket.settimeout(TIMEOUT)
         if size := options.get("receive_buffer"):  # before it connects: it never grows past it
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         self.socket.connect(address if isinstance(address, str) else ("127.0.0.1", address))
         lines = [f"{method} {path} {options.get('protocol', 'HTTP/1.1')}", "Host: localhost"]
         lines += [f"{name}: {value}" for name, value in options.get("headers", {}).items()]
-        more: bytes = options.get("more", b"")
-        self.socket.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + more)
+        self.socket.sendall("\r\n".join([*lines, "", ""]).encode() + options.get("more", b""))
         self._response = http.client.HTTPResponse(self.socket, method=method)
 
     @functools.cached_property
@@ -707,10 +625,7 @@ class Client:
 
 
 class Kind(NamedTuple):
-    """A kind of server. Its workers are as small as can be, so that a stream that holds one shows.
-
-    It finds a free port by itself and prints it.
-    """
+    """A kind of server, with workers as small as can be: so a stream that holds one shows."""
 
     needs: str  # packages
     command: str  # its words, split before they are filled in
@@ -721,11 +636,10 @@ class Kind(NamedTuple):
 
 # The control socket would be one in the home folder, that servers would share. At a stop it is to
 # wait longer for open requests than a test does: there are none.
-GUNICORN = "{python} -m gunicorn {app} --bind {bind} --access-logfile - --no-control-socket "
+GUNICORN = "{python} -m gunicorn {app} --bind 127.0.0.1:0 --access-logfile - --no-control-socket "
 GUNICORN += f"--graceful-timeout {4 * TIMEOUT} -k "
-WAITRESS = "{python} -m waitress --listen {bind} "
-UWSGI = "{uwsgi} --home {home} --module {app} --need-app --die-on-term "
-UWSGI += "--log-format {log} "
+WAITRESS = "{python} -m waitress --listen 127.0.0.1:0 "
+UWSGI = "{uwsgi} --home {home} --module {app} --need-app --die-on-term --log-format {log} "
 SERVERS = {
     "development": Kind("flask", "{python} -m flask --app {app} run --port 0"),
     "sync": Kind("gunicorn", GUNICORN + "sync"),
@@ -734,7 +648,7 @@ SERVERS = {
     "waitress": Kind("waitress", WAITRESS + "--threads 2 {app}", has_log=False),
     "pywsgi": Kind("gevent", "{python} -m gevent.monkey {file} run_pywsgi"),
     # It sends no chunks.
-    "uwsgi": Kind("pyuwsgi", UWSGI + "--http-socket {bind} --threads 2", shows_cut=False),
+    "uwsgi": Kind("pyuwsgi", UWSGI + "--http-socket 127.0.0.1:0 --threads 2", shows_cut=False),
     # Their bouncers are asked to let each stream go through the server.
     "gthread-served": Kind("gunicorn", GUNICORN + "gthread --threads 32", detaches=False),
     # It ends the body of a stream that fails as a whole one.
@@ -746,15 +660,14 @@ WORKERS = ["sync", "gthread", "gevent"]  # gunicorn's
 # Each of these is for a few tests.
 SERVERS["gthread-2"] = Kind("gunicorn", GUNICORN + "gthread --workers 2")
 SERVERS["uwsgi-router"] = Kind("pyuwsgi", UWSGI)
-SERVERS["uwsgi-single"] = Kind("pyuwsgi", UWSGI + "--http-socket {bind}")
+SERVERS["uwsgi-single"] = Kind("pyuwsgi", UWSGI + "--http-socket 127.0.0.1:0")
 SERVERS["script"] = Kind("flask", "{python} app.py")
+LATE = GUNICORN.replace("{app}", "test_sse_bouncer:made_before_patching()")
+SERVERS["gevent-late"] = Kind("gunicorn gevent packaging", LATE + "gevent --preload")
 SERVERS["pywsgi-late"] = Kind("gevent", "{python} -W ignore {file} patch_late")
-FILLED_IN = {"python": PYTHON, "file": __file__, "home": sys.prefix, "bind": "127.0.0.1:0"}
+FILLED_IN = {"python": PYTHON, "file": __file__, "home": sys.prefix}
 FILLED_IN["uwsgi"] = str(Path(PYTHON).with_name("uwsgi"))
 FILLED_IN["log"] = '%(addr) - - [%(ltime)] "%(method) %(uri) %(proto)" %(status) %(size)'
-ADDRESS = re.compile(
-    r"(?:Running on|Listening at:|Serving on|bound to TCP address) (?:https?://)?127\.0\.0\.1:(\d+)"
-)
 # What no log may hold, whatever clients do.
 COMPLAINTS = re.compile("Traceback|Exception ignored|Error (on|handling) request|WORKER TIMEOUT")
 
@@ -763,16 +676,10 @@ class Process:
     """A program in a group of its own (workers, reloader), with its output in a file."""
 
     def __init__(self, command: list[str], folder: Path, **environ: str) -> None:
-        self._log = folder / "log"
+        self._log, env = folder / "log", environment(**environ)
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment(**environ),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
             )
 
     def log(self) -> str:
@@ -832,11 +739,7 @@ class Server(Process):
 
     def count(self, what: str) -> int:
         """Return how many threads ("task") or descriptors ("fd") all its processes have."""
-        total = 0
-        for process in self.processes():
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                total += len(list((process / what).iterdir()))
-        return total
+        return sum(len(glob.glob(f"{process}/{what}/*")) for process in self.processes())
 
     def client(self, path: str, address: int | str = 0, **options: Any) -> Client:
         """Send a request for a stream; its client leaves with the test."""
@@ -860,6 +763,7 @@ class Server(Process):
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Served = Callable[Concatenate[EventBouncer, P], R]
 
 
 class Remote:
@@ -879,34 +783,29 @@ class Remote:
         query = {"bouncer": self.name, **query}
         return f"/{view.__name__}?{urlencode(query, doseq=True)}"
 
-    def do(
-        self, what: Callable[Concatenate[EventBouncer, P], R], *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        """Have the server call one of the functions that are `served`; return what that returns."""
-        returned: R = self.server.ask(self.url(what), [args, kwargs])
-        return returned
+    def do(self, what: Served[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Have the server call a function of its app, or a method; return what that returns."""
+        return self.server.ask(self.url(what), [args, kwargs])  # type: ignore[no-any-return]
 
     def stats(self) -> Any:
-        return self.do(call, "stats")
+        return self.do(EventBouncer.stats)
 
     def broadcast(self, *messages: object, **fields: object) -> None:
         self.do(broadcast, messages, fields)
 
     def disconnect(self, *channels: str) -> None:
-        self.do(call, "disconnect", *channels)
+        self.do(EventBouncer.disconnect, *channels)
 
     def close(self) -> None:
-        self.do(call, "close")
+        self.do(EventBouncer.close)
 
     def wait_for(self, **counts: int) -> None:
         wait_until(lambda: counts.items() <= self.stats().items(), f"{counts} in its stats")
 
-    def request(
-        self, *channels: str, view: Any = subscribe, query: Any = None, **options: Any
-    ) -> Client:
+    def request(self, *channels: str, view: Any = subscribe, **options: Any) -> Client:
         """Send a request for a stream, and wait for nothing."""
-        url = self.url(view, **{"channel": channels, **(query or {})})
-        return self.server.client(url, **options)
+        query = {"channel": channels, **options.pop("query", {})}
+        return self.server.client(self.url(view, **query), **options)
 
     def client(self, *channels: str, **options: Any) -> Client:
         """Open a stream, and wait until it is as it will be: detached, where that can be."""
@@ -942,7 +841,7 @@ def serve(
     command = [word.format(app=app, **FILLED_IN) for word in kind.command.split()]
     server = Server(name, [*command, *options], folder, **environ)
     try:
-        server.port = int(server.wait_for_log(ADDRESS)[1])
+        server.port = int(server.wait_for_log(r"127\.0\.0\.1:([1-9]\d+)")[1])
         yield server
         server.clear()
     finally:
@@ -953,8 +852,8 @@ def serve(
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
     """Starts a server of each kind, once in a run."""
     with contextlib.ExitStack() as stack:
-        folder = tmp_path_factory.mktemp
-        yield functools.cache(lambda kind: stack.enter_context(serve(kind, folder(kind))))
+        new = tmp_path_factory.mktemp
+        yield functools.cache(lambda kind: stack.enter_context(serve(kind, new(kind))))
 
 
 @pytest.fixture(params=KINDS)
@@ -1019,8 +918,7 @@ def offered(view: Callable[[], Any]) -> Iterator[Offer]:
 
 
 def answer(view: Callable[[], Any]) -> str:
-    with app_of(view).test_client().get("/") as response:
-        return bytes(response.data).decode()
+    return app_of(view).test_client().get("/").text
 
 
 def sent(bouncer: EventBouncer, last: str = "", **options: Any) -> list[Event]:
@@ -1046,7 +944,6 @@ def fail_to_start(thread: threading.Thread) -> None:
 NO_ENDS = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029"  # str.splitlines() thinks otherwise
 # What is given to format_sse, what is sent, and what a browser makes of it.
 FRAMES: list[tuple[dict[str, Any], str, list[Event]]] = [
-    ({"data": "hi"}, "data: hi\n\n", [Event("hi")]),
     ({"data": "hi", "event": "greet"}, "event: greet\ndata: hi\n\n", [Event("hi", "greet")]),
     ({"data": "hi", "event": ""}, "data: hi\n\n", [Event("hi")]),
     ({"data": "hi", "id": 0}, "id: 0\ndata: hi\n\n", [Event("hi", id="0")]),
@@ -1071,7 +968,6 @@ FRAMES: list[tuple[dict[str, Any], str, list[Event]]] = [
     ({"data": bytearray(b"hi")}, "data: hi\n\n", [Event("hi")]),
     ({"data": memoryview(b"hi")}, "data: hi\n\n", [Event("hi")]),
     ({"data": {"n": "a\nb"}}, 'data: {"n": "a\\nb"}\n\n', [Event('{"n": "a\\nb"}')]),
-    ({"data": 0}, "data: 0\n\n", [Event("0")]),
     ({"data": False}, "data: false\n\n", [Event("false")]),
     ({"data": Frame("data: x\r\n\r\n")}, "data: x\r\n\r\n", [Event("x")]),
     ({"data": Frame(": x\n\r\n")}, ": x\n\r\n", []),
@@ -1121,8 +1017,7 @@ def test_wire_fuzz_any_text_is_read_back_in_any_cut() -> None:
 
 
 def test_wire_json_is_by_the_apps_provider_in_threads_too() -> None:
-    """It may return bytes and take no options. After init_app() it is the same in a job, or a
-    thread. NaN is refused all the same."""
+    """It may return bytes and take no options, and init_app() is enough. NaN is refused."""
 
     class Provider(flask.json.provider.JSONProvider):
         def dumps(self, obj: Any) -> Any:  # type: ignore[override]
@@ -1155,7 +1050,7 @@ def test_wire_data_that_is_framed_by_hand_is_warned_of_once() -> None:
     assert 1 == run(PYTHON, "-c", program).stderr.count("looks like a frame")
 
 
-def refused(id: str, do: Callable[[Any], object], values: Any, types: Any = ()) -> Any:
+def bad(id: str, do: Callable[[Any], object], values: Any, types: Any = ()) -> Any:
     """A row of REFUSED. In the message the argument has the last of the id's names."""
     return pytest.param(do, id.rpartition("-")[2], values, types, id=id)
 
@@ -1170,38 +1065,34 @@ OWN_IDS = [format_sse("x", id="7"), Frame("id\ndata: x\n\n"), Frame("data: x\r\n
 NUMBERS = [0, -1, math.nan, math.inf, 86_401, 1e9]
 # Everything that the public API refuses: a call, values that raise a ValueError, and a TypeError.
 REFUSED = [
-    refused("format_sse-data", format_sse, [None, b"\xff", "\ud800", math.nan], [{1, 2}, object()]),
-    refused("format_sse-event-data", lambda v: format_sse(v, event="x"), [FRAME]),
-    refused("format_sse-comment-data", lambda v: format_sse(v, comment="x"), [FRAME]),
-    refused(
-        "format_sse-event", lambda v: format_sse("x", v), ["a\nb", "a\rb", "\0", "\ud8ff"], [5]
-    ),
-    refused("format_sse-id", lambda v: format_sse(1, id=v), ["1\n\nx", "1\r", "\0"], [1.5, True]),
-    refused("format_sse-retry", lambda v: format_sse(1, retry=v), [-1], [True, "9", 1.5]),
-    refused("format_sse-comment", lambda v: format_sse(1, comment=v), ["\ud800"], [5]),
-    refused("Frame-frame", Frame, ["data: x\n", "data: x\r\n", "", "data: \ud800\n\n"], [b"\n\n"]),
-    refused("EventBouncer-maxsize", EventBouncer, [0, -1], [True, None, 1.5]),
-    refused("EventBouncer-history", lambda v: EventBouncer(history=v), [-1], [True, None]),
-    refused("EventBouncer-heartbeat", lambda v: EventBouncer(heartbeat=v), NUMBERS),
-    refused("heartbeat_event", lambda v: EventBouncer(heartbeat_event=v), ["", "a\nb"], [5]),
-    refused("EventBouncer-retry", lambda v: EventBouncer(retry=v), [-1, (2, 1), (1,)], [True, 1.5]),
-    refused("max_subscribers", lambda v: EventBouncer(max_subscribers=v), [0], [True]),
-    refused("EventBouncer-relay", lambda v: EventBouncer(relay=v), [], ["redis://localhost"]),
-    refused("subscribe-channel", lambda v: EventBouncer().subscribe(v), ["", "\ud800"], [5, ["a"]]),
-    refused("broadcast-data", lambda v: EventBouncer().broadcast(v), [None, math.nan]),
-    refused("broadcast-event", lambda v: EventBouncer().broadcast("x", v), ["a\nb", "gap"], [5]),
-    refused("broadcast-event-data", lambda v: EventBouncer().broadcast(v, "x"), [FRAME]),
-    refused(
-        "broadcast-channel", lambda v: EventBouncer().broadcast(1, channel=v), [""], [5, ["a"]]
-    ),
-    refused("broadcast-id", lambda v: EventBouncer(history=1).broadcast(v), OWN_IDS),
-    refused("disconnect-channel", lambda v: EventBouncer().disconnect(v), [""], [5]),
-    refused("get-timeout", lambda v: EventBouncer().subscribe().get(timeout=v), [-1, math.nan]),
-    refused("sse_response-source", sse_response, [], ["data", b"data", {"n": 1}, 5, None]),
-    refused("sse_response-async-source", sse_response, [], [generate_async()]),
-    refused("RedisRelay-client", RedisRelay, [], ["redis://localhost", None]),
-    refused("RedisRelay-key", lambda v: RedisRelay(CLIENT, v), ["\ud800"], [b"sse"]),
-    refused("RedisRelay-maxlen", lambda v: RedisRelay(CLIENT, maxlen=v), [0], [1.5]),
+    bad("format_sse-data", format_sse, [None, b"\xff", "\ud800", math.nan], [{1, 2}, object()]),
+    bad("format_sse-event-data", lambda v: format_sse(v, event="x"), [FRAME]),
+    bad("format_sse-comment-data", lambda v: format_sse(v, comment="x"), [FRAME]),
+    bad("format_sse-event", lambda v: format_sse("x", v), ["a\nb", "a\rb", "\0", "\ud8ff"], [5]),
+    bad("format_sse-id", lambda v: format_sse(1, id=v), ["1\n\nx", "1\r", "\0"], [1.5, True]),
+    bad("format_sse-retry", lambda v: format_sse(1, retry=v), [-1], [True, "9", 1.5]),
+    bad("format_sse-comment", lambda v: format_sse(1, comment=v), ["\ud800"], [5]),
+    bad("Frame-frame", Frame, ["data: x\n", "data: x\r\n", "", "data: \ud800\n\n"], [b"\n\n"]),
+    bad("EventBouncer-maxsize", EventBouncer, [0, -1], [True, None, 1.5]),
+    bad("EventBouncer-history", lambda v: EventBouncer(history=v), [-1], [True, None]),
+    bad("EventBouncer-heartbeat", lambda v: EventBouncer(heartbeat=v), NUMBERS),
+    bad("heartbeat_event", lambda v: EventBouncer(heartbeat_event=v), ["", "a\nb"], [5]),
+    bad("EventBouncer-retry", lambda v: EventBouncer(retry=v), [-1, (2, 1), (1,)], [True, 1.5]),
+    bad("max_subscribers", lambda v: EventBouncer(max_subscribers=v), [0], [True]),
+    bad("EventBouncer-relay", lambda v: EventBouncer(relay=v), [], ["redis://localhost"]),
+    bad("subscribe-channel", lambda v: EventBouncer().subscribe(v), ["", "\ud800"], [5, ["a"]]),
+    bad("broadcast-data", lambda v: EventBouncer().broadcast(v), [None, math.nan]),
+    bad("broadcast-event", lambda v: EventBouncer().broadcast("x", v), ["a\nb", "gap"], [5]),
+    bad("broadcast-event-data", lambda v: EventBouncer().broadcast(v, "x"), [FRAME]),
+    bad("broadcast-channel", lambda v: EventBouncer().broadcast(1, channel=v), [""], [5, ["a"]]),
+    bad("broadcast-id", lambda v: EventBouncer(history=1).broadcast(v), OWN_IDS),
+    bad("disconnect-channel", lambda v: EventBouncer().disconnect(v), [""], [5]),
+    bad("get-timeout", lambda v: EventBouncer().subscribe().get(timeout=v), [-1, math.nan]),
+    bad("sse_response-source", sse_response, [], ["data", b"data", {"n": 1}, 5, None]),
+    bad("sse_response-async-source", sse_response, [], [generate_async()]),
+    bad("RedisRelay-client", RedisRelay, [], ["redis://localhost", None]),
+    bad("RedisRelay-key", lambda v: RedisRelay(CLIENT, v), ["\ud800"], [b"sse"]),
+    bad("RedisRelay-maxlen", lambda v: RedisRelay(CLIENT, maxlen=v), [0], [1.5]),
 ]
 
 
@@ -1234,68 +1125,43 @@ def test_bad_input_reaches_nobody_and_is_shown_in_short() -> None:
 # several processes around it
 
 
-class Suspended:
-    """A relay at a process that can be stopped before it reads."""
-
-    def __init__(self, relay: Any) -> None:
-        self._relay, self.publish, self.recent = relay, relay.publish, relay.recent
-        self.running, self._waits = threading.Event(), False
-        self.running.set()
-
-    def read(self, after: str, timeout: float) -> Any:
-        self._waits = not self.running.is_set()
-        self.running.wait(TIMEOUT)
-        return self._relay.read(after, 0.05)
-
-    def suspend(self) -> None:
-        self.running.clear()
-        wait_until(lambda: self._waits, "it is suspended")
-
-
 class Quiet:
-    """A relay without events, whose `read` does not wait."""
+    """A relay in memory, whose `read` does not wait."""
 
     def __init__(self, *entries: Any) -> None:
-        self.entries, self.reads = entries, 0
+        self.entries, self.reads = [*entries], 0
 
     def publish(self, channel: str | None, frame: str | None) -> None:
-        pass
+        self.entries.append((f"{len(self.entries)}-1", "0-0", channel, frame))
 
     def recent(self, count: int) -> list[Any]:
-        return [*self.entries]
+        return self.entries[-count:]
 
     def read(self, after: str, timeout: float) -> list[Any]:
         self.reads += 1
-        return []
+        return [entry for entry in self.entries if str(entry[0]) > after]
 
 
 class Redis(Process):
     """A redis-server of our own that can be killed and started again."""
 
     def __init__(self, folder: Path, port: int, *options: str) -> None:
-        need("redis-server")
         self.folder, self.port, self.url = folder, port, f"redis://127.0.0.1:{port}"
         self._command = ["redis-server", "--save", "", "--bind", "127.0.0.1", "--port", str(port)]
         self._command += options
-        self._clients: list[Any] = []
         self.start()
 
     def start(self) -> None:
         super().__init__(self._command, self.folder)
         self.wait_for_log("Ready to accept connections")
 
-    def client(self, **options: Any) -> Any:
+    def client(self, is_cluster: bool = False, **options: Any) -> Any:
         """Return a client that does not try again by itself: its errors come promptly."""
-        import redis
-        from redis.backoff import NoBackoff
+        from redis import Redis, RedisCluster, backoff, retry
 
-        make: Any = redis.RedisCluster if options.pop("cluster", False) else redis.Redis
-        options["retry"] = redis.retry.Retry(NoBackoff(), 0)
-        self._clients.append(make(host="127.0.0.1", port=self.port, **options))
-        return self._clients[-1]
-
-    def relay(self, key: str, **options: Any) -> RedisRelay:
-        return RedisRelay(self.client(**options), key)
+        make: Any = RedisCluster if is_cluster else Redis
+        options["retry"] = retry.Retry(backoff.NoBackoff(), 0)
+        return make(host="127.0.0.1", port=self.port, **options)
 
     def hang(self) -> None:
         self.signal("SIGSTOP")
@@ -1303,22 +1169,17 @@ class Redis(Process):
     def go_on(self) -> None:
         self.signal("SIGCONT")
 
-    def close(self) -> None:
-        self.kill()
-        for client in self._clients:
-            client.close()
-
 
 @pytest.fixture(scope="session")
 def new_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Redis]]:
     """Starts Redis servers, which end with the run."""
-    need("redis")
+    need("redis", "redis-server")
     with contextlib.ExitStack() as stack:
 
         def new(*options: str) -> Redis:
-            port = stack.enter_context(held_port())
-            redis = Redis(tmp_path_factory.mktemp("redis"), port, *options)
-            stack.callback(redis.close)
+            folder, port = tmp_path_factory.mktemp("redis"), stack.enter_context(held_port())
+            redis = Redis(folder, port, *options)
+            stack.callback(redis.kill)
             return redis
 
         yield new
@@ -1338,7 +1199,7 @@ class Processes:
 
     def __call__(self, relay: Any = None, history: int = 100, **options: Any) -> EventBouncer:
         """Make one; the options are those of its Redis client."""
-        relay = relay or self.redis.relay(self.key, **options)
+        relay = relay or RedisRelay(self.redis.client(**options), self.key)
         self.made.append(EventBouncer(history=history, relay=relay))
         return self.made[-1]
 
@@ -1367,39 +1228,25 @@ REDIS_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "args"), REDIS_OPTIONS)
-def test_redis_carries_anything(
-    options: Any, args: list[str], processes: Processes, new_redis: Any
-) -> None:
+def test_redis_carries_anything(options: Any, args: Any, processes: Any, new_redis: Any) -> None:
     """Text of any kind, on channels of any name: live, and to a client that comes later."""
     processes.redis = new_redis(*args)
-    texts = ["a\nb", "", " x", "grüß 😀", "\0", "x\u2028y", "id: 7", "last"]
-    one, two = (processes(**options) for _ in range(2))
-    start = one.latest_id()
-    subscription, of_none = two.subscribe("grüß 😀"), two.subscribe()
-    for text in texts:
-        one.broadcast(text, channel="grüß 😀")
+    one, two = processes(**options), processes(**options)
+    start, channel = one.latest_id(), "grüß 😀"
+    subscription, of_none = two.subscribe(channel), two.subscribe()
+    texts = ["a\nb", "", " x", channel, "\0", "x\u2028y", "id: 7"]
+    broadcast(one, texts, {"channel": channel})
     one.broadcast("to all")
     live = next_events(subscription, len(texts) + 1)
     assert [*texts, "to all"] == [event.data for event in live]
     assert ["to all"] == next_datas(of_none, 1)
-    late = processes(**options).subscribe("grüß 😀", last_event_id=start)
+    late = processes(**options).subscribe(channel, last_event_id=start)
     assert live == next_events(late, len(live))
 
 
 def publish_when_back(bouncer: EventBouncer, message: str) -> None:
     """Broadcast once Redis takes it: connections of before it went are still to be found dead."""
     wait_until(lambda: not Task(bouncer.broadcast, message).exception(TIMEOUT), "Redis is back")
-
-
-def publish_until_refused(bouncer: EventBouncer) -> tuple[list[str], Exception]:
-    """Broadcast numbers until Redis does not take one; return those before, and the error."""
-    accepted: list[str] = []
-    while True:
-        try:
-            bouncer.broadcast(str(len(accepted)))
-        except Exception as error:
-            return accepted, error
-        accepted.append(str(len(accepted)))
 
 
 @pytest.fixture
@@ -1410,38 +1257,36 @@ def durable(processes: Processes, new_redis: Callable[..., Redis]) -> Processes:
 
 
 # How Redis fails, what its client raises then, and how Redis comes back.
-FAULTS = [
-    pytest.param(Redis.kill, "ConnectionError", Redis.start, id="is killed"),
-    pytest.param(Redis.hang, "TimeoutError", Redis.go_on, id="hangs"),
-]
+FAULTS: list[Any] = [(Redis.kill, "ConnectionError", Redis.start)]
+FAULTS += [(Redis.hang, "TimeoutError", Redis.go_on)]
 
 
-@pytest.mark.parametrize(("fail", "error", "come_back"), FAULTS)
-def test_redis_that_fails_costs_no_event(
-    fail: Any, error: str, come_back: Any, durable: Any
-) -> None:
-    """Twice: publishers get the client's error, streams stay open, and what was accepted arrives
-    once, in order."""
-    publisher, process = (durable(socket_timeout=1.0) for _ in range(2))
+@pytest.mark.parametrize(("fail", "error", "mend"), FAULTS, ids=["is killed", "hangs"])
+def test_redis_that_fails_costs_no_event(fail: Any, error: str, mend: Any, durable: Any) -> None:
+    """Twice. Publishers get the client's error, and what was accepted arrives once, in order."""
+    from redis import exceptions
+
+    publisher, process = durable(socket_timeout=1.0), durable(socket_timeout=1.0)
     subscription = process.subscribe()
     for back in ("back", "back again"):
+        accepted = ["before"]
         publisher.broadcast("before")
-        wait_until(lambda: subscription.qsize(), "it arrives")
+        wait_until(subscription.qsize, "it arrives")
         fail(durable.redis)
-        accepted, raised = publish_until_refused(publisher)
-        assert error in [kind.__name__ for kind in type(raised).mro()]
-        come_back(durable.redis)
+        with pytest.raises(getattr(exceptions, error)):
+            while True:
+                publisher.broadcast(str(len(accepted)))
+                accepted.append(str(len(accepted)))
+        mend(durable.redis)
         publish_when_back(publisher, back)
-        received = next_datas(subscription, 1)
-        while received[-1] != back:
-            received += next_datas(subscription, 1)
+        received = list(iter(lambda: next_datas(subscription, 1)[0], back))
         refused = str(len(accepted))  # which may have arrived all the same
-        assert ["before", *accepted, back] == [text for text in received if text != refused]
+        assert accepted == [text for text in received if text != refused]
 
 
 def test_redis_that_is_away(durable: Any, caplog: Any) -> None:
-    """A logout ends the streams of this process, and raises; one that starts cannot know what its
-    clients have missed, which is a gap; and the log says once that Redis cannot be read."""
+    """A logout ends this process's streams, and raises. A process that starts has a gap for its
+    clients. The log of each says once that Redis cannot be read."""
     process, late = durable(), durable()
     ada, bob = process.subscribe("ada"), process.subscribe("bob")
     durable.redis.kill()
@@ -1459,16 +1304,18 @@ def test_redis_that_is_away(durable: Any, caplog: Any) -> None:
 
 def test_redis_client_that_is_ahead_of_its_process_waits(processes: Processes) -> None:
     """It has seen at another process what this one has yet to read: no gap, and nothing twice."""
-    relay = Suspended(processes.redis.relay(processes.key))
-    behind, ahead = processes(relay), processes()
+    reading = threading.Event()
+
+    class Late(RedisRelay):
+        def read(self, after: str, timeout: float) -> Any:
+            reading.wait(TIMEOUT)
+            return super().read(after, timeout)
+
+    behind, ahead = processes(Late(processes.redis.client(), processes.key)), processes()
     behind.subscribe()
-    relay.suspend()
-    live = ahead.subscribe()
-    ahead.broadcast("a")
-    ahead.broadcast("b")
-    last = next_events(live, 2)[1].id
+    *_, last = ids_of(ahead, "a", "b")
     arrival = Task(behind.subscribe, last_event_id=last).wait_until_blocked()
-    relay.running.set()
+    reading.set()
     ahead.broadcast("c")
     assert ["c"] == next_datas(arrival.result(), 1)
     assert not arrival.result().gap
@@ -1488,44 +1335,34 @@ def test_redis_disconnect_is_known_to_all_processes(history: int, processes: Pro
         assert not each.subscribe("x", last_event_id=id).gap
 
 
-def check_gap(expected: list[str], before: str, received: list[Event], bouncer: Any) -> None:
-    """Check what a stream has received since the event of the id ``before``; and that clients of
-    before a loss, and of the gap itself, get what comes after that."""
+def check_gap(expected: list[str], received: list[Event], bouncer: EventBouncer) -> None:
+    """Check what was received, and what clients get that come back after its first event or gap."""
     assert expected == list(map(str, received))
     gap = expected.index(GAP)
-    assert expected[gap:] == held(bouncer.subscribe(last_event_id=before))
+    assert expected[gap:] == held(bouncer.subscribe(last_event_id=received[0].id))
     assert expected[gap + 1 :] == held(bouncer.subscribe(last_event_id=received[gap].id))
 
 
-# What happens to the stream while a process is suspended, and which events that still gets.
-LOSSES = [
-    pytest.param(lambda it, key: it.xtrim(key, maxlen=1, approximate=False), ["3"], id="trimmed"),
-    pytest.param(lambda it, key: it.delete(key), [], id="deleted"),
-    pytest.param(lambda it, key: it.flushall(), [], id="emptied"),
-]
+# What happens to the stream, and which events a process still gets that had yet to read three.
+LOSSES = [("XTRIM {} MAXLEN = 1", ["3"]), ("DEL {}", []), ("FLUSHALL", [])]
 
 
-@pytest.mark.parametrize(("lose", "left"), LOSSES)
-def test_redis_loss_is_one_gap(
-    lose: Callable[..., None], left: list[str], processes: Processes, new_redis: Any
-) -> None:
+@pytest.mark.parametrize(("loss", "left"), LOSSES, ids=["trimmed", "deleted", "emptied"])
+def test_redis_loss_is_one_gap(loss: str, left: Any, processes: Any, new_redis: Any) -> None:
     """To every stream, and to clients from before it; what is left is delivered, once."""
     processes.redis = new_redis()
-    relay = Suspended(processes.redis.relay(processes.key))
-    bouncer, publisher = processes(relay), processes()
+    bouncer, publisher = processes(), processes()
     subscription, other = bouncer.subscribe(), bouncer.subscribe("x")
     publisher.broadcast("seen")
-    (seen,) = next_events(subscription, 1)
-    relay.suspend()
-    for number in (1, 2, 3):
-        publisher.broadcast(number)
-    lose(processes.redis.client(), processes.key)
-    relay.running.set()
-    publisher.broadcast("b")
-    publisher.broadcast("c")
-    expected = [GAP, *left, "b", "c"]
-    assert ["seen", *expected] == next_datas(other, len(expected) + 1)
-    check_gap(expected, seen.id, next_events(subscription, len(expected)), bouncer)
+    received = next_events(subscription, 1)
+    step = processes.redis.client().pipeline()  # in which nobody can read
+    broadcast(processes(RedisRelay(step, processes.key)), "123", {})
+    step.execute_command(*loss.format(processes.key).split())
+    step.execute()
+    broadcast(publisher, "bc", {})
+    expected = ["seen", GAP, *left, "b", "c"]
+    assert expected == next_datas(other, len(expected))
+    check_gap(expected, received + next_events(subscription, len(expected) - 1), bouncer)
 
 
 def test_redis_restarted_from_an_older_copy_is_one_gap(processes: Any, new_redis: Any) -> None:
@@ -1534,17 +1371,15 @@ def test_redis_restarted_from_an_older_copy_is_one_gap(processes: Any, new_redis
     bouncer, publisher = processes(), processes()
     subscription = bouncer.subscribe()
     publisher.broadcast("seen")
-    (seen,) = next_events(subscription, 1)
     redis.client().save()
-    for number in (1, 2, 3):
-        publisher.broadcast(number)
-    received = next_events(subscription, 3)
+    broadcast(publisher, "123", {})
+    received = next_events(subscription, 4)
     redis.kill()
     redis.start()
     publish_when_back(publisher, "b")
     publisher.broadcast("c")
     received += next_events(subscription, 3)
-    check_gap(["1", "2", "3", GAP, "b", "c"], seen.id, received, bouncer)
+    check_gap(["seen", "1", "2", "3", GAP, "b", "c"], received, bouncer)
 
 
 # Fields of entries that someone else has added to the stream.
@@ -1580,18 +1415,14 @@ def test_redis_holds_one_connection(processes: Processes) -> None:
     assert 1 <= names.count("counted") <= 2
 
 
-LATE = [("gevent", ["--preload"], "test_sse_bouncer:made_before_patching()")]
-LATE += [("pywsgi-late", [], "")]
-
-
+@pytest.mark.parametrize("kind", ["gevent-late", "pywsgi-late"])
 @pytest.mark.parametrize("has_relay", [False, True])
-@pytest.mark.parametrize(("kind", "options", "app"), LATE, ids=["gunicorn", "pywsgi"])
 def test_redis_or_none_serves_40_clients_at_once_though_gevent_patches_late(
-    kind: str, options: list[str], app: str, has_relay: bool, redis: Redis, tmp_path: Path
+    kind: str, has_relay: bool, redis: Redis, tmp_path: Path
 ) -> None:
     """After the bouncer was made. The first clients get everything, once."""
     name = json.dumps({"number": f"{kind} {has_relay}", "relay": redis.url if has_relay else None})
-    with serve(kind, tmp_path / "app", *options, app=app, EARLY_BOUNCER=name) as server:
+    with serve(kind, tmp_path / "app", EARLY_BOUNCER=name) as server:
         bouncer = Remote(server)
         bouncer.name = name
         assert 404 == server.client("/nothing").head.status  # its worker is there
@@ -1612,6 +1443,7 @@ def test_redis_is_not_waited_for_because_of_forged_ids(
     processes.redis = new_redis()
     bouncer, in_vain, wait = processes(), list[object](), threading.Condition.wait
     ids_of(bouncer, "known")
+    threads = threading.active_count()
     fail(processes.redis)
 
     def noted(self: threading.Condition, timeout: float | None = None) -> bool:
@@ -1621,15 +1453,18 @@ def test_redis_is_not_waited_for_because_of_forged_ids(
         return is_notified
 
     monkeypatch.setattr(threading.Condition, "wait", noted)
-    assert all(bouncer.subscribe(last_event_id=f"{10**15 + n}-0").gap for n in range(10))
-    assert len(in_vain) <= 1
+    counts = []
+    for number in range(10):
+        assert bouncer.subscribe(last_event_id=f"{10**15 + number}-0").gap
+        counts.append(threading.active_count())
     processes.redis.go_on()
+    assert len(in_vain) <= 1
+    assert max(counts) <= threads + 1  # one asks on
 
 
 def test_relay_that_reads_without_waiting_is_not_asked_on_and_on() -> None:
     relay = Quiet()
-    bouncer = EventBouncer(relay=relay)
-    with bouncer.subscribe() as subscription:
+    with EventBouncer(relay=relay).subscribe() as subscription:
         for _ in range(10):
             with pytest.raises(queue.Empty):
                 subscription.get(timeout=0.05)
@@ -1645,6 +1480,14 @@ def test_relay_whose_reader_could_not_start_is_read_later(monkeypatch: Any) -> N
         bouncer.subscribe()
     with bouncer.subscribe():
         wait_until(lambda: relay.reads, "the relay is read")
+
+
+def test_redis_or_a_relay_with_odd_ids_does_not_end_its_reader() -> None:
+    """An entry whose id is no text costs no other one."""
+    bouncer = EventBouncer(relay=Quiet((b"1-0", "0-0", None, "data: odd\n\n")))
+    with bouncer.subscribe() as subscription:
+        bouncer.broadcast("x")
+        assert ["x"] == next_datas(subscription, 1)
 
 
 def test_redis_clients_that_would_deliver_nothing_are_refused(monkeypatch: Any) -> None:
@@ -1685,65 +1528,43 @@ def test_redis_is_connected_by_init_app_each_event_once(redis: Redis) -> None:
         each.close()
 
 
-def spread(bouncer: Remote, *channels: str) -> list[Client]:
-    """Open streams until there are three at both processes."""
-    clients, processes = list[Client](), Counter[Any]()
-
-    def enough() -> bool:
-        clients.append(bouncer.request(*channels).wait_opening())
-        processes[clients[-1].head.getheader("X-Pid")] += 1
-        return len(processes) == 2 and min(processes.values()) >= 3
-
-    wait_until(enough, "streams at both processes")
-    return clients
-
-
-@pytest.fixture
-def fleet(servers: Callable[[str], Server], redis: Redis) -> Iterator[Remote]:
-    """A feed that the two processes of one server share by Redis."""
-    server = servers("gthread-2")
-    yield Remote(server, relay=redis.url, history=10_000, heartbeat=0.1)
-    server.clear()
-
-
-def test_processes_all_agree_and_a_logout_is_for_all(fleet: Remote) -> None:
+def test_processes_all_agree_and_a_logout_is_for_all(processes: Processes) -> None:
     """Every client gets every event once, all the same ids in the same order, whoever published."""
-    clients, bob = spread(fleet, "user-ada"), fleet.request("user-bob").wait_opening()
-    for publisher in [Task(broadcast, fleet, range(50), {}) for _ in range(2)]:
+    one, two = processes(), processes()
+    adas = [Task(list, each.subscribe("ada")) for each in (one, two)]
+    bob = Task(list, two.subscribe("bob"))
+    for publisher in [Task(broadcast, each, range(50), {}) for each in (one, two)]:
         publisher.result()
-    order, *others = [client.events(100) for client in clients]
-    assert [order] * len(others) == others
+    one.disconnect("ada")
+    one.broadcast("still here", channel="bob")
+    one.disconnect("bob")
+    order, other = (parse(*ada.result()) for ada in adas)
+    assert order == other
     assert are_increasing(event.id for event in order)
-    assert Counter(map(str, [*range(50)] * 2)) == Counter(event.data for event in order)
-    fleet.disconnect("user-ada")
-    assert [[]] * len(clients) == [client.wait_end() for client in clients]
-    fleet.broadcast("still here", channel="user-bob")
-    assert ["still here"] == bob.datas(101)[100:]
+    assert sorted([*range(50)] * 2) == sorted(int(event.data) for event in order)
+    assert [*map(str, order), "still here"] == datas(bob.result())
 
 
-def test_processes_without_a_relay_are_warned_of_once_each(fleet: Remote) -> None:
+@on("gthread-2")
+def test_processes_without_a_relay_are_warned_of_once_each(server: Server, redis: Redis) -> None:
     """With the cure; those with a relay are not."""
-    before = fleet.server.log().count("several processes")
-    spread(fleet)
-    assert before == fleet.server.log().count("several processes")
-    spread(Remote(fleet.server))
-    assert 2 == len(re.findall("several processes.*RedisRelay", fleet.server.log()))
+    related, alone = Remote(server, relay=redis.url), Remote(server)
+    for _ in range(10):
+        related.request().wait_opening()
+    assert "several processes" not in server.log()
+
+    def warnings() -> int:
+        alone.request().wait_opening()
+        return len(re.findall("several processes.*RedisRelay", server.log()))
+
+    wait_until(lambda: warnings() >= 2, "both processes warn")
+    assert [2] * 10 == [warnings() for _ in range(10)]
 
 
-def test_processes_serve_clients_that_hop_between_them(fleet: Remote) -> None:
+@on("gthread-2")
+def test_processes_serve_clients_that_hop_between_them(server: Server, redis: Redis) -> None:
     """They miss nothing, get nothing twice and see no gap while events flow."""
-    check_followed(fleet)
-
-
-@pytest.fixture
-def cluster(new_redis: Callable[..., Redis]) -> Iterator[Redis]:
-    """A Redis that is a cluster by itself."""
-    with held_port() as bus:
-        redis = new_redis("--cluster-enabled", "yes", "--cluster-port", str(bus))
-        client = redis.client(decode_responses=True)
-        client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-        wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "a cluster")
-        yield redis
+    check_followed(Remote(server, relay=redis.url, history=10_000, heartbeat=0.1))
 
 
 def check_idle(bouncer: EventBouncer, client: Any) -> None:
@@ -1762,10 +1583,14 @@ def test_redis_silence_is_not_taken_for_death(processes: Processes, new_redis: A
     check_idle(processes(socket_timeout=0.2), processes.redis.client())
 
 
-def test_redis_may_be_a_cluster(processes: Processes, cluster: Redis, caplog: Any) -> None:
+def test_redis_may_be_a_cluster(processes: Processes, new_redis: Any, caplog: Any) -> None:
     """The log has nothing to say."""
-    processes.redis = cluster
-    check_idle(processes(socket_timeout=0.2, cluster=True), cluster.client())
+    with held_port() as bus:
+        redis = new_redis("--cluster-enabled", "yes", "--cluster-port", str(bus))
+    client, processes.redis = redis.client(decode_responses=True), redis
+    client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+    wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "a cluster")
+    check_idle(processes(socket_timeout=0.2, is_cluster=True), client)
     assert [] == caplog.messages
 
 
@@ -1778,38 +1603,13 @@ def test_redis_keeps_about_maxlen(processes: Processes) -> None:
     assert [GAP, *map(str, range(300 - kept, 300))] == held(late)
 
 
-class OddRelay:
-    """A relay whose ids are no text."""
-
-    def __init__(self) -> None:
-        self.entries: list[Any] = [(b"1-0", "0-0", None, "data: odd\n\n")]
-
-    def publish(self, channel: str | None, frame: str | None) -> None:
-        self.entries.append((f"{len(self.entries)}-1", "0-0", channel, frame))
-
-    def recent(self, count: int) -> Any:
-        return self.entries[-count:]
-
-    def read(self, after: str, timeout: float) -> Any:
-        return [entry for entry in self.entries if str(entry[0]) > after]
-
-
-def test_redis_or_a_relay_with_odd_ids_does_not_end_its_reader() -> None:
-    bouncer = EventBouncer(relay=OddRelay())
-    subscription = bouncer.subscribe()
-    bouncer.broadcast("x")
-    wait_until(lambda: "x" in datas([subscription.get(timeout=TIMEOUT)]), "it arrives")
-    bouncer.close()
-
-
 # =================================================================================================
 # FAN-OUT: every event to every subscriber, in one order; and what one gets that comes back
 
 
 @pytest.mark.parametrize("publishers", [1, 8, 16])
 def test_fan_out_all_see_one_order_and_a_burst_drops_nobody(publishers: int) -> None:
-    """Each publisher's events are in order. A queue that was emptied has kept up, though another
-    publisher has filled it since."""
+    """A queue that was emptied has kept up, though another publisher has filled it since."""
     bouncer = EventBouncer(maxsize=16)
     sent = [[[place, n] for n in range(1600 // publishers)] for place in range(publishers)]
     readers = [Task(datas, bouncer.subscribe()) for _ in range(20)]
@@ -1829,10 +1629,9 @@ def test_fan_out_a_reader_that_never_catches_up_is_dropped_in_the_end() -> None:
     subscription = bouncer.subscribe()
 
     def read() -> None:
-        with contextlib.suppress(Ended):
-            while True:
-                wait_until(lambda: subscription.full() or not bouncer.subscribers, "it is full")
-                subscription.get()
+        while bouncer.subscribers:
+            wait_until(lambda: subscription.full() or not bouncer.subscribers, "it is full")
+            subscription.get()
 
     reader = Task(read)
     while not bouncer.stats()["dropped"]:
@@ -1840,29 +1639,27 @@ def test_fan_out_a_reader_that_never_catches_up_is_dropped_in_the_end() -> None:
     reader.result()
 
 
-# The ways to end a subscription to "a".
-ENDS = [
-    pytest.param(lambda bouncer, subscription: bouncer.close(), id="close"),
-    pytest.param(lambda bouncer, subscription: bouncer.disconnect("x", "a"), id="disconnect"),
-    pytest.param(EventBouncer.unsubscribe, id="unsubscribe"),
-]
+ENDS: dict[str, Callable[..., None]] = {
+    "close": lambda bouncer, subscription: bouncer.close(),
+    "disconnect": lambda bouncer, subscription: bouncer.disconnect("x", "a"),
+    "unsubscribe": EventBouncer.unsubscribe,
+}
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_fan_out_an_end_wakes_a_reader_and_twice_is_harmless(end: Any) -> None:
     """Then get raises what servers take for a client that left, now and each time."""
     bouncer = EventBouncer()
     subscription = bouncer.subscribe("a")
     reader = Task(datas, subscription).wait_until_blocked()
-    end(bouncer, subscription)
-    end(bouncer, subscription)
+    for _ in range(2):
+        end(bouncer, subscription)
     assert [] == reader.result()
     assert () == bouncer.subscribers
+    assert issubclass(Ended, BrokenPipeError)
     for get in (subscription.get, subscription.get_nowait):
-        with pytest.raises(Ended) as caught:
+        with pytest.raises(Ended, match=f"Errno {errno.EPIPE}"):
             get()
-        assert isinstance(caught.value, BrokenPipeError)
-        assert errno.EPIPE == caught.value.errno
 
 
 def test_subscription_is_the_reading_half_of_a_queue() -> None:
@@ -1895,52 +1692,37 @@ def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
     class Reader:
         real: Subscription
         channels: list[str]
-        held: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # data and id
-        replayed: int = 0  # how many of them do not count
+        held: list[tuple[str, str]]  # data and id
+        replayed: int  # how many of them do not count
         last: str | None = None
         is_open: bool = True
-
-        def wants(self, channel: str | None) -> bool:
-            return channel is None or channel in self.channels
 
     class Machine(stateful.RuleBasedStateMachine):
         readers: Any = stateful.Bundle("readers")
 
         def __init__(self) -> None:
             super().__init__()
-            self.size, self.kept, self.is_closed = 2, 3, False
-            self.bouncer = EventBouncer(self.size, history=self.kept)
+            self.bouncer = EventBouncer(maxsize=2, history=3)
             self.start = self.bouncer.latest_id() or ""
             self.events: list[tuple[str, str, str | None]] = []  # data, id, channel: all there were
             self.model: list[Reader] = []
-            self.dropped = self.refused = self.gaps = 0
+            self.dropped = self.gaps = 0
 
         @stateful.rule(target=readers, channels=channels, last=lasts)
-        def come(self, channels: list[str], last: str | None) -> Any:
-            try:
-                reader = Reader(self.bouncer.subscribe(*channels, last_event_id=last), channels)
-            except Refused:
-                assert self.is_closed
-                self.refused += 1
-                return stateful.multiple()
-            ids = [self.start, *(id for _, id, _ in self.events)]
-            mine = [place for place, event in enumerate(self.events) if reader.wants(event[2])]
-            oldest = max(0, len(self.events) - self.kept)  # the first place that is kept
-            seen = ids.index(last) if last in ids else 0  # how many events it has seen
-            if not last:
-                seen = len(self.events)
-            elif last != "earliest":
-                lost = [place for place in mine if place < oldest]
-                if last not in ids or lost and lost[-1] >= seen:
-                    self.gaps += 1
-                    reader.held.append((GAP, ids[lost[-1] + 1] if lost else self.start))
-                    seen = 0
-            missed = [place for place in mine if place >= max(oldest, seen)]
-            assert reader.real.gap == bool(reader.held)
-            reader.held += [self.events[place][:2] for place in missed]
-            reader.replayed = len(reader.held)
-            self.model.append(reader)
-            return reader
+        def come(self, channels: list[str], last: str | None) -> Reader:
+            count, ids = len(self.events), [self.start, *(id for _, id, _ in self.events)]
+            mine = [n for n, event in enumerate(self.events, 1) if event[2] in (None, *channels)]
+            lost = max([0, *(n for n in mine if n <= count - 3)])  # the newest that is not kept
+            seen: dict[Any, int] = {id: n for n, id in enumerate(ids)}
+            after = (seen | {None: count, "": count, "earliest": lost}).get(last, -1)
+            held = [self.events[n - 1][:2] for n in mine if n > max(after, lost)]
+            if after < lost:
+                self.gaps += 1
+                held.insert(0, (GAP, ids[lost]))
+            real = self.bouncer.subscribe(*channels, last_event_id=last)
+            assert real.gap == (after < lost)
+            self.model.append(Reader(real, channels, held, len(held)))
+            return self.model[-1]
 
         @stateful.rule(target=readers, reader=stateful.consumes(readers))
         def come_back(self, reader: Reader) -> Any:
@@ -1953,10 +1735,12 @@ def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
             self.bouncer.broadcast(data, channel=channel)
             self.events.append((data, self.bouncer.latest_id() or "", channel))
             for reader in self.model:
-                if reader.is_open and reader.wants(channel):
-                    reader.is_open = len(reader.held) - reader.replayed < self.size
-                    reader.held += [self.events[-1][:2]] * reader.is_open
-                    self.dropped += not reader.is_open
+                if reader.is_open and channel in (None, *reader.channels):
+                    if len(reader.held) - reader.replayed < 2:
+                        reader.held.append(self.events[-1][:2])
+                    else:
+                        reader.is_open = False
+                        self.dropped += 1
 
         @stateful.rule(reader=readers)
         def read(self, reader: Reader) -> None:
@@ -1979,26 +1763,12 @@ def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
             for reader in self.model:
                 reader.is_open = reader.is_open and channel not in reader.channels
 
-        @stateful.precondition(lambda self: len(self.events) > 9)
-        @stateful.rule()
-        def close(self) -> None:
-            self.bouncer.close()
-            self.is_closed = True
-            for reader in self.model:
-                reader.is_open = False
-
         @stateful.invariant()
         def agree(self) -> None:
             live = {reader.real for reader in self.model if reader.is_open}
             assert live == set(self.bouncer.subscribers)
-            assert self.bouncer.stats() == {
-                "subscribers": len(live),
-                "detached": 0,
-                "events": len(self.events),
-                "dropped": self.dropped,
-                "refused": self.refused,
-                "gaps": self.gaps,
-            }
+            counts = {"events": len(self.events), "dropped": self.dropped, "gaps": self.gaps}
+            assert counts.items() <= self.bouncer.stats().items()
             for reader in self.model:
                 assert len(reader.held) == reader.real.qsize()
 
@@ -2038,8 +1808,7 @@ def test_history_numbers_events(feed: Any) -> None:
 
 @pytest.mark.parametrize("after", range(5))
 def test_history_replays_what_was_missed(feed: Any, after: int) -> None:
-    """In order, then the live stream; from memory, and at a process just started with a relay. The
-    first of four events is no longer kept: that is a gap for a client of before it."""
+    """From memory, and at a process just started with a relay. The first of four is not kept."""
     bouncer = feed(history=3)
     ids = [bouncer.latest_id(), *ids_of(bouncer, *range(1, 5))]
     started = feed(history=3) if bouncer.relay else bouncer
@@ -2134,30 +1903,14 @@ def test_fan_out_says_what_one_wants_to_see(caplog: Any) -> None:
     assert re.search("'c'.* missed something for good", gap)
 
 
-def test_fan_out_counts_who_is_refused_for_want_of_descriptors() -> None:
-    """Also if there is not one left."""
-    need("resource")
-    import resource
-
-    limits, bouncer = resource.getrlimit(resource.RLIMIT_NOFILE), EventBouncer()
-    body_of(app_of(bouncer.stream)).close()  # which imports what it needs
-    lowest_free = os.open(os.devnull, os.O_RDONLY)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
-    try:
-        body_of(app_of(bouncer.stream)).close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert 1 == bouncer.stats()["refused"]
-
-
 @pytest.mark.parametrize("foreign", ["earliest", "17", "a-b", "1-1-1"])
 def test_history_of_a_foreign_last_event_id_is_a_gap(foreign: str) -> None:
-    """Or the state, and no silence. That "earliest" is meant is for the view to say."""
+    """Or the state, by its own name if it is a frame. To mean "earliest" is for the view."""
     bouncer = EventBouncer(history=3)
-    bouncer.broadcast("kept")
+    (id,) = ids_of(bouncer, "kept")
     assert [GAP, "kept"] == list(map(str, sent(bouncer, foreign)))
-    assert ["state"] == list(map(str, sent(bouncer, foreign, snapshot=lambda: "state")))
+    state = sent(bouncer, foreign, snapshot=lambda: format_sse("state", "greet"))
+    assert [Event("state", "greet", id)] == state
     assert ["kept"] == list(map(str, sent(bouncer, last_event_id="earliest")))
     assert [] == sent(EventBouncer(), foreign)
 
@@ -2175,32 +1928,23 @@ def test_history_snapshot_is_for_who_has_missed_something_for_good(
     newest = bouncer.latest_id()
     (state,) = sent(bouncer, snapshot=lambda: next(states))
     assert Event("state 1", "snapshot", newest or "") == state
-    with bouncer.subscribe() as subscription:
-        broadcast(bouncer, range(3), {})
-        assert ["0", "1", "2"] == next_datas(subscription, 3)
+    ids_of(bouncer, *range(3))
     assert expected == list(map(str, sent(bouncer, state.id, snapshot=lambda: next(states))))
 
 
-def test_history_snapshot_that_is_a_frame_has_its_own_name() -> None:
-    """And, as each snapshot, the id of the newest event from before."""
-    bouncer = EventBouncer(history=3)
-    (id,) = ids_of(bouncer, "a")
-    assert [Event("hi", "greet", id)] == sent(bouncer, snapshot=lambda: format_sse("hi", "greet"))
-
-
-BAD_STATES: list[tuple[type[Exception], dict[str, Any]]] = [
-    (ValueError, {"snapshot": lambda: "state", "last_event_id": "earliest"}),
-    (ValueError, {"snapshot": lambda: None}),
-    (ZeroDivisionError, {"snapshot": lambda: 1 / 0}),
+BAD_STATES = [
+    pytest.param(ValueError, lambda: "state", "earliest", id="earliest"),
+    pytest.param(ValueError, lambda: None, None, id="None"),
+    pytest.param(ZeroDivisionError, lambda: 1 / 0, None, id="raises"),
 ]
 
 
-@pytest.mark.parametrize(("error", "options"), BAD_STATES, ids=["earliest", "None", "raises"])
-def test_history_snapshot_that_is_refused_leaves_nothing(error: Any, options: Any) -> None:
+@pytest.mark.parametrize(("error", "load", "last"), BAD_STATES)
+def test_history_snapshot_that_is_refused_leaves_nothing(error: Any, load: Any, last: Any) -> None:
     """The view raises; no subscription and no descriptor stays."""
     bouncer, before = EventBouncer(history=1), descriptors()
     with pytest.raises(error), app_of(lambda: 0).test_request_context():
-        bouncer.stream(**options)
+        bouncer.stream(snapshot=load, last_event_id=last)
     assert () == bouncer.subscribers
     assert before == descriptors()
 
@@ -2210,8 +1954,7 @@ def settings(bouncer: EventBouncer) -> dict[str, Any]:
 
 
 def test_init_app_takes_the_settings_of_the_environment(monkeypatch: Any) -> None:
-    """What it does not name is the constructor's. Each app begins anew, but not while somebody
-    subscribes; and nothing else can set them."""
+    """And nothing else. Each app begins anew, but not while somebody subscribes."""
     bouncer = EventBouncer(7, heartbeat=5, history=3)
     (id,), given = ids_of(bouncer, "a"), settings(bouncer)
     for name, value in {"HISTORY": "9", "HEARTBEAT": "null", "DETACH": "false"}.items():
@@ -2235,40 +1978,31 @@ def test_init_app_takes_the_settings_of_the_environment(monkeypatch: Any) -> Non
         assert ["open again"] == held(subscription)
 
 
-WRONG: list[dict[str, Any]] = [{"MAXSIZE": 0}, {"HISTORY": "9"}, {"HEARTBEAT": 0}]
-WRONG += [{"DETACH": "False"}, {"RETRY": [2, 1]}, {"MAX_SUBSCRIBERS": 0}, {"RELAY": "redis://x"}]
-WRONG += [{"REDIS_URL": "x"}, {"HEARTBEAT_EVENT": "a\nb"}]
+WRONG: list[tuple[str, Any]] = [("MAXSIZE", 0), ("HISTORY", "9"), ("HEARTBEAT", 0)]
+WRONG += [("DETACH", "False"), ("RETRY", [2, 1]), ("MAX_SUBSCRIBERS", 0), ("RELAY", "redis://x")]
+WRONG += [("REDIS_URL", "x"), ("HEARTBEAT_EVENT", "a\nb")]
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
-def test_init_app_with_what_is_wrong_changes_nothing(wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_init_app_with_what_is_wrong_changes_nothing(name: str, value: Any) -> None:
     bouncer = EventBouncer(7, history=3)
     before, (id,) = settings(bouncer), ids_of(bouncer, "a")
     with pytest.raises((TypeError, ValueError)):
-        create_app(bouncer, **{"SSE_HISTORY": 9, **{f"SSE_{name}": wrong[name] for name in wrong}})
+        create_app(bouncer, **{"SSE_HISTORY": 9, f"SSE_{name}": value})
     assert before == settings(bouncer)
     assert id == bouncer.latest_id()
 
 
-def test_on_close_may_raise_anything_and_the_next_one_is_called(caplog: Any) -> None:
-    """Also what is no Exception, such as gevent.Timeout."""
-    bouncer, told = EventBouncer(), threading.Event()
-
-    def fail() -> None:
-        raise KeyboardInterrupt
-
-    for left in (fail, told.set):
-        body_of(app_of(functools.partial(bouncer.stream, on_close=left))).close()
-    assert told.wait(TIMEOUT)
-    assert "on_close function failed" in caplog.text
-
-
 def test_on_close_of_thousands_that_end_at_once(caplog: Any) -> None:
     """By one thread, in order, however far the server came with each; closed or just forgotten.
-    What one raises is logged, and holds up none. Who was refused is not told of."""
+    Whatever one raises is logged, and holds up none. Nobody is told of who was refused."""
     others, told, numbers = {*threading.enumerate()}, queue.SimpleQueue[int](), itertools.count()
     bouncer = EventBouncer(max_subscribers=2_001)
-    failing = body_of(app_of(lambda: bouncer.stream(on_close=lambda: 1 / 0)))
+
+    def fail() -> None:
+        raise KeyboardInterrupt  # no Exception, like gevent.Timeout
+
+    failing = body_of(app_of(lambda: bouncer.stream(on_close=fail)))
     app = app_of(lambda: bouncer.stream(on_close=functools.partial(told.put, next(numbers))))
     bodies = deque(body_of(app) for _ in range(2_000))
     body_of(app).close()  # refused
@@ -2282,7 +2016,7 @@ def test_on_close_of_thousands_that_end_at_once(caplog: Any) -> None:
         bodies.popleft()
     wait_until(lambda: {*threading.enumerate()} <= others, "the thread ends")
     assert [*range(2_000)] == [told.get() for _ in range(told.qsize())]
-    assert "ZeroDivisionError" in caplog.text
+    assert "KeyboardInterrupt" in caplog.text
 
 
 # =================================================================================================
@@ -2310,47 +2044,28 @@ def test_hub_sends_events_in_order_and_to_the_byte(server: Server) -> None:
     beats.wait_for_beats(3)
 
 
-LEAVES = [(kind, leave) for kind in KINDS for leave in ("close", "reset")]
-LEAVES += [(kind, "half-close") for kind in DETACHING]
-
-
-@pytest.mark.parametrize(("server", "leave"), LEAVES, indirect=["server"])
-def test_hub_notices_a_client_that_leaves(server: Server, leave: str) -> None:
-    """At once if it is detached, as there is no heartbeat; else at the next one. Nothing stays."""
-    bouncer, before = Remote(server), list[int]()
-    other = bouncer.client()
-    for number in range(3):
-        client = bouncer.client()
-        if number % 2:
-            client.wait_opening()
-        client.leave(leave)
-        bouncer.wait_for(subscribers=1)
-        client.leave()
-        before = before or [server.count("fd")]  # with what the first stream ever has set up
-    wait_until(lambda: server.count("fd") <= before[0], "the descriptors are closed")
-    bouncer.broadcast("hi")
-    assert ["hi"] == other.datas(1)
-
-
 def check_many(bouncer: Remote, **options: Any) -> None:
     server, first = bouncer.server, bouncer.client(**options)
     log, descriptors, threads = server.log(), server.count("fd"), server.count("task")
     clients = bouncer.streams(300, **options)
     wait_until(lambda: server.count("task") <= threads, "the requests' threads end")
     bouncer.broadcast("hi")
-    for client in clients:
+    for client, leave in zip(clients, ["close", "reset", "half-close"] * 100, strict=True):
         assert ["hi"] == client.datas(1)
-        client.leave()
+        client.leave(leave)
     bouncer.wait_for(subscribers=1)
+    for client in clients:
+        client.leave()
     wait_until(lambda: server.count("fd") <= descriptors, "the descriptors are closed")
     assert ["hi"] == first.datas(1)
-    usual = r'127\.0\.0\.1 - - \[[^]]*\] "(?:GET|POST) /\S* HTTP/1.1" 200 |.*Task queue depth'
+    usual = r'127\.0\.0\.1 - - \[[^]]*\] "(?:GET|POST) /\S* HTTP/1.1" 200 '
+    usual += r"|.*Task queue depth|\[uwsgi-http .*reset by peer"
     assert [] == re.findall(rf"^(?!{usual}).+\n", server.log().removeprefix(log), re.M)
 
 
 @on(*DETACHING, "uwsgi-single")
 def test_hub_many_streams_hold_no_worker_and_leave_nothing(server: Server) -> None:
-    """The only worker answers, there is no thread more than with one, and the log is ordinary."""
+    """The only worker answers, with no more threads than for one. Who leaves is noticed at once."""
     check_many(Remote(server))
 
 
@@ -2413,47 +2128,19 @@ def test_hub_takes_no_notice_of_what_a_client_says(server: Server) -> None:
     assert ["bye"] == other.datas(1)
 
 
-def test_hub_bounds_how_far_a_publisher_runs_ahead() -> None:
-    """A broadcast waits for a hub that is 64 KiB behind; here it gets time only if one does."""
-    bouncer = EventBouncer()
-    with offered(bouncer.stream) as offer:
-        offer.detach()
-        wait_until(lambda: offer.client.recv(4096).endswith(b"\n:\n"), "opening")
-        sys.setswitchinterval(60)  # seconds
-        try:
-            for _ in range(1_200):
-                bouncer.broadcast("x" * 92)  # 100 bytes
-            received = offer.client.recv(2**20, socket.MSG_DONTWAIT)
-        finally:
-            sys.setswitchinterval(0.005)  # the default
-            bouncer.close()
-        assert len(received) >= 120_000 - 65_536
+MAKES = [functools.cache(EventBouncer), EventBouncer, lambda: EventBouncer(relay=Quiet())]
 
 
-@pytest.mark.parametrize("relay", [None, Quiet()])
-def test_hub_and_reader_end_with_their_bouncer(relay: Any) -> None:
+@pytest.mark.parametrize("make", MAKES, ids=["one bouncer", "many", "many with a relay"])
+def test_hub_ends_with_its_last_stream_and_the_reader_with_its_bouncer(make: Any) -> None:
     """50 apps of a factory leave no thread and no descriptor."""
     threads, before = {*threading.enumerate()}, descriptors()
     for _ in range(50):
-        bouncer = EventBouncer(relay=relay)
-        with offered(bouncer.stream) as offer:
+        with offered(make().stream) as offer:
             offer.detach()
-        del bouncer, offer
+    del offer
     wait_until(lambda: {*threading.enumerate()} <= threads, "their threads end", gc.collect)
     wait_until(lambda: descriptors() <= before, "all is closed")
-
-
-def test_hub_ends_with_its_last_stream() -> None:
-    """Its thread and its descriptors; and the next stream has another."""
-    bouncer, threads, before = EventBouncer(), threading.enumerate(), descriptors()
-    for _ in range(3):
-        with offered(bouncer.stream) as offer:
-            offer.detach()
-            bouncer.broadcast("hi")
-            while not offer.client.recv(4096).endswith(b"data: hi\n\n"):
-                pass
-        wait_until(lambda: threads == threading.enumerate(), "the thread ends")
-        assert before == descriptors()
 
 
 def test_hub_that_cannot_start_loses_no_event_and_leaves_nothing(monkeypatch: Any) -> None:
@@ -2503,11 +2190,9 @@ def test_hub_is_not_waited_for_by_its_own_thread(server: Server) -> None:
 
 @detaching
 def test_hub_survives_what_nobody_has_thought_of(server: Server) -> None:
-    """Someone else puts another file in the place of a stream's: that costs no other stream, and
-    no descriptor."""
+    """Another file comes in the place of a stream's: no other stream pays, no descriptor stays."""
     bouncer = Remote(server)
-    other = bouncer.client()
-    before = server.count("fd")
+    other, before = bouncer.client(), server.count("fd")
     unlucky = bouncer.client()
     bouncer.do(replace_connection, unlucky.socket.getsockname()[1])
     bouncer.broadcast("a", "b")
@@ -2521,26 +2206,26 @@ def test_hub_survives_what_nobody_has_thought_of(server: Server) -> None:
 def test_hub_at_the_limit_of_descriptors(server: Server) -> None:
     """Clients beyond it are told to come back, in the log once; the others lose nothing."""
     bouncer, told = Remote(server, retry=4321), server.log().count("come back later")
+    streams = list[Client]()
 
-    def is_refused() -> bool:
+    def come() -> None:
         client = bouncer.request().wait_opening()
-        if refused := client.body != b"retry: 4321\n":
-            assert [] == client.wait_end()
-            server.clients.pop().leave()
-        return refused
+        if client.body == b"retry: 4321\n":
+            return streams.append(client)
+        assert [] == client.wait_end()
+        client.leave()
 
     bouncer.do(limit_descriptors, server.count("fd") + 60)
     try:
-        # One may be let in yet, while connections of other requests are being closed.
-        wait_until(lambda: all([is_refused() for _ in range(3)]), "clients are refused")
-        bouncer.wait_for(detached=len(server.clients), subscribers=len(server.clients))
+        wait_until(lambda: bouncer.stats()["refused"] >= 3, "clients are refused", come)
+        bouncer.wait_for(detached=len(streams), subscribers=len(streams))
         assert told + 1 == server.log().count("come back later")
-        assert bouncer.stats()["refused"] >= 3
         for _ in range(5):
-            server.clients.pop().leave()
-        wait_until(lambda: not is_refused(), "somebody is let in")
+            streams.pop().leave()
+        left = len(streams)
+        wait_until(lambda: len(streams) > left, "somebody is let in", come)
         bouncer.broadcast("hi")
-        assert {"hi"} == {client.datas(1)[0] for client in server.clients}
+        assert {"hi"} == {client.datas(1)[0] for client in streams}
     finally:
         bouncer.do(limit_descriptors, 4096)
 
@@ -2574,10 +2259,10 @@ def test_hub_child_has_a_relay_too(server: Server, redis: Redis) -> None:
 def test_hub_child_under_gevent_ends_its_parents_greenlets(redis: Redis) -> None:
     """One that reads on would take Redis's answers away from the parent."""
     need("gevent")
-    program = [PYTHON, "-W", "ignore", "-m", "gevent.monkey", __file__, "fork_many", redis.url]
-    finished = run(*program)
+    options = ["-W", "ignore", "-m", "gevent.monkey"]
+    finished = run(PYTHON, *options, __file__, "fork_many", redis.url)
     assert "" == finished.stderr
-    assert [str(number) for number in range(20)] == finished.stdout.split()
+    assert list(map(str, range(20))) == finished.stdout.split()
 
 
 def test_hub_child_holds_no_connection_of_its_parent(tmp_path: Path) -> None:
@@ -2595,8 +2280,7 @@ def test_hub_child_holds_no_connection_of_its_parent(tmp_path: Path) -> None:
 
 @development
 def test_hub_disconnect_delivers_what_slow_clients_have_still_to_get(server: Server) -> None:
-    """Also to one that has said something since, and then it is no reset that it sees. One that
-    takes nothing, or stays when it has all, is cut off after 5 s: no descriptor stays."""
+    """Also to one that has said something since. Who takes nothing, or stays, is cut off."""
     bouncer = Remote(server)
     descriptors = server.count("fd")
     slow, stalled, stays = (bouncer.client("x", receive_buffer=4096) for _ in range(3))
@@ -2671,27 +2355,21 @@ HEADERS = {
 
 @pytest.mark.parametrize(("retry", "opening"), [(None, ":"), (0, "retry: 0"), ((7, 7), "retry: 7")])
 def test_response_opening_is_one_line_and_no_block(retry: Any, opening: str) -> None:
-    """Several client libraries would make an empty event of a block. A gap is an event, whose id
-    lets a client that is cut off after it miss nothing."""
+    """Of a block, client libraries would make an event. A client cut off after a gap resumes."""
     bouncer = EventBouncer(retry=retry, history=2)
     ids = ids_of(bouncer, *"abcd")
-
-    def sent(last: str) -> str:
+    kept = f"id: {ids[2]}\ndata: c\n\nid: {ids[3]}\ndata: d\n\n"
+    gap = f"id: {ids[1]}\nevent: gap\ndata: \n\n"
+    cases = {"earliest": kept, ids[1]: kept, ids[0]: gap + kept, "1-1": gap + kept}
+    for last, expected in cases.items():
         subscription = bouncer.subscribe(last_event_id=last)
         bouncer.unsubscribe(subscription)
-        return answer(lambda: sse_response(subscription))
-
-    kept = f"id: {ids[2]}\ndata: c\n\nid: {ids[3]}\ndata: d\n\n"
-    for last in ("earliest", ids[1]):
-        assert f"{opening}\n{kept}" == sent(last)
-    for last in (ids[0], "1-1"):
-        assert f"{opening}\nid: {ids[1]}\nevent: gap\ndata: \n\n{kept}" == sent(last)
+        assert f"{opening}\n{expected}" == answer(functools.partial(sse_response, subscription))
 
 
 @pytest.mark.parametrize("retry", [None, 0, (20_000, 30_000)])
 def test_response_refused_is_told_to_come_back(retry: Any) -> None:
-    """By a 200, a retry somewhere in its range and the end; browsers would give up at a 503. Not at
-    once, whatever the app's own streams say, and also by a closed bouncer: another takes over."""
+    """By a 200, as browsers give up at a 503; but not at once, and also by a closed bouncer."""
     low, high = retry or (5_000, 15_000)
     bouncer, retries = EventBouncer(max_subscribers=1, retry=retry), set[int]()
     subscription = bouncer.subscribe()
@@ -2725,23 +2403,28 @@ def test_response_begins_after(header: Any, query: Any, argument: Any, counts: i
         assert "abc"[counts + 1 :] == "".join(map(str, parse(response.data.decode())))
 
 
-def test_response_of_items_is_these_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
-    """By the app's own JSON, though its context has ended when a generator runs. None is skipped;
-    what cannot be formatted is logged and left out."""
-    day = datetime.date(2030, 1, 2)
-    items = ["a\nb", None, format_sse("c", "greet"), math.nan, {"n": day}, b"bytes", ""]
+@pytest.mark.parametrize("detach", [False, True])
+def test_response_of_items_is_these_and_nothing_else(caplog: Any, detach: bool) -> None:
+    """By the app's JSON. What cannot be formatted is logged, and left out. None is skipped."""
+
+    class Ambiguous:
+        def __eq__(self, other: object) -> bool:  # as of an array of numpy
+            raise ValueError("it is neither true nor false")
+
+    day = {"n": datetime.date(2030, 1, 2)}
+    items = ["a\nb", None, format_sse("c", "greet"), Ambiguous(), math.nan, day, b"bytes", ""]
     expected = "data: a\ndata: b\n\nevent: greet\ndata: c\n\n"
-    expected += f"data: {flask.json.dumps({'n': day})}\n\ndata: bytes\n\ndata: \n\n"
-    assert expected == answer(lambda: sse_response(item for item in items))
-    assert ["ERROR"] == [record.levelname for record in caplog.records]
-    assert "nan" in caplog.messages[0]
+    expected += f"data: {flask.json.dumps(day)}\n\ndata: bytes\n\ndata: \n\n"
+    assert expected == answer(lambda: sse_response((item for item in items), detach=detach))
+    assert ["ERROR"] * 2 == [record.levelname for record in caplog.records]
+    assert "nan" in caplog.messages[1]
 
 
 @pytest.mark.parametrize("items", range(4))
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_response_closes_its_source_once(method: str, items: int) -> None:
     """However far the body was read, or not at all."""
-    closed: list[bool] = []
+    closed = list[bool]()
 
     class Source(list[str]):
         def close(self) -> None:
@@ -2753,32 +2436,25 @@ def test_response_closes_its_source_once(method: str, items: int) -> None:
     assert [True] == closed
 
 
-def begun(bouncer: EventBouncer, items: int) -> Any:
-    """Return the body of a stream of which so many items have been read."""
-    body = body_of(app_of(bouncer.stream))
-    bouncer.broadcast("hi")
-    assert [b":\n", b"data: hi\n\n"][:items] == list(itertools.islice(body, items))
-    assert 1 == len(bouncer.subscribers)
-    return body
+WIRES = [("GET", [b":\n", b"data: hi\n\n"]), ("HEAD", [])]
 
 
-@pytest.mark.parametrize(
-    "let_go", [lambda body: body.close(), lambda body: None], ids=["close", "forget"]
-)
+@pytest.mark.parametrize(("method", "wires"), WIRES)
+@pytest.mark.parametrize("closes", range(3))
 @pytest.mark.parametrize("items", range(3))
-def test_response_that_ends_releases_its_subscription(items: int, let_go: Any) -> None:
+def test_response_that_ends_releases_its_subscription(
+    items: int, closes: int, method: str, wires: list[bytes]
+) -> None:
     """Never iterated, or left in the middle; and by a server that forgets to close it."""
     bouncer = EventBouncer()
-    let_go(begun(bouncer, items))
+    body = body_of(app_of(bouncer.stream), method)
+    bouncer.broadcast("hi")
+    assert wires[:items] == list(itertools.islice(body, items))
+    for _ in range(closes):
+        body.close()
+    del body
     gc.collect()
     assert () == bouncer.subscribers
-
-
-def test_response_to_head_holds_nothing() -> None:
-    bouncer = EventBouncer(max_subscribers=1)
-    with app_of(bouncer.stream).test_client().head("/") as response:
-        assert HEADERS.items() <= dict(response.headers).items()
-        assert () == bouncer.subscribers
 
 
 def test_response_is_not_held_back_by_eventlet() -> None:
@@ -2811,13 +2487,12 @@ def wait_left(bouncer: Remote, *users: str) -> None:
 def test_response_on_close_is_called_once_for_each_end_in_order(server: Server) -> None:
     """In the view's context: who left, was reset, vanished, logged out; and at the end. Only a
     logout is an end that was meant: without a last chunk clients come back that look for one."""
-    bouncer = Remote(server, maxsize=100)
-    clients = [bouncer.client(user, view=subscribe_and_tell) for user in ("ada", "bob")]
-    bouncer.client("vic", view=subscribe_and_tell, receive_buffer=4096)
-    eve, joe = (bouncer.client(user, view=subscribe_and_tell) for user in ("eve", "joe"))
-    clients[0].leave("close")
+    bouncer, users = Remote(server, maxsize=100), ["ada", "bob", "vic", "eve", "joe"]
+    view: dict[str, Any] = {"view": subscribe_and_tell, "receive_buffer": 4096}
+    ada, bob, _, eve, joe = (bouncer.client(user, **view) for user in users)
+    ada.leave("close")
     bouncer.wait_for(subscribers=4)
-    clients[1].leave("reset")
+    bob.leave("reset")
     bouncer.wait_for(subscribers=3)
     while not bouncer.stats()["dropped"]:
         bouncer.broadcast(*["x" * 65536] * 15, channel="vic")
@@ -2827,7 +2502,7 @@ def test_response_on_close_is_called_once_for_each_end_in_order(server: Server) 
     bouncer.close()
     assert [] == joe.wait_end()
     assert joe.whole != server.kind.shows_cut
-    wait_left(bouncer, "ada", "bob", "vic", "eve", "joe")
+    wait_left(bouncer, *users)
 
 
 @detaching
@@ -2901,13 +2576,13 @@ def test_response_that_a_hook_reads_is_an_error_and_no_hang() -> None:
     assert b"data: a\n\n" == app.test_client().get("/").data
 
 
-# What a request is or asks for, and how many cookies the response sets.
-HEADS = [
-    pytest.param({}, 2, id="cookies"),
-    pytest.param({"view": subscribe_with_session}, 3, id="session and ProxyFix"),
-    pytest.param({"query": {"watched": 1}}, 2, id="wrapped by middleware"),
-    pytest.param({"method": "POST"}, 2, id="POST"),
-]
+# What a request is or asks for.
+HEADS: dict[str, dict[str, Any]] = {
+    "cookies": {},
+    "session and ProxyFix": {"query": {"session": 1}},
+    "wrapped by middleware": {"query": {"watched": 1}},
+    "POST": {"method": "POST"},
+}
 
 
 def response_to(client: Client) -> tuple[list[bytes], bytes]:
@@ -2920,10 +2595,8 @@ def response_to(client: Client) -> tuple[list[bytes], bytes]:
 
 
 @detaching
-@pytest.mark.parametrize(("options", "cookies"), HEADS)
-def test_takeover_sends_what_the_server_would_send(
-    server: Server, options: Any, cookies: int
-) -> None:
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_takeover_sends_what_the_server_would_send(server: Server, options: Any) -> None:
     """Head and body, chunks included; only Connection may differ."""
     options = {"headers": {"Connection": "close", "X-Forwarded-For": "192.0.2.7"}, **options}
     bouncer, through_server = Remote(server), Remote(server, detach=False, heartbeat=None)
@@ -2933,8 +2606,8 @@ def test_takeover_sends_what_the_server_would_send(
     head, body = response_to(detached)
     options["query"] = {"ended": 1, **options.get("query", {})}
     assert (head, body) == response_to(through_server.request("x", **options))
-    assert cookies == sum(line.startswith(b"Set-Cookie:") for line in head)
     assert {b"X-Middleware: 1", b"X-Accel-Buffering: no"} <= set(head)
+    assert sum(line.startswith(b"Set-Cookie:") for line in head) >= 2
 
 
 @detaching
@@ -2952,7 +2625,7 @@ def test_takeover_sends_no_chunks_to_a_client_of_http_1_0(server: Server) -> Non
 @detaching
 def test_takeover_leaves_another_status_to_the_server(server: Server) -> None:
     """And the log says so, once."""
-    client = Remote(server, heartbeat=0.05).request(view=subscribe_with_status)
+    client = Remote(server, heartbeat=0.05).request(query={"status": 201})
     assert 201 == client.head.status
     client.wait_for_beats(3)
     assert 1 == server.log().count("goes through the server")
@@ -2975,7 +2648,7 @@ def test_takeover_leaves_what_is_compressed_to_the_server(server: Server) -> Non
 def test_takeover_leaves_a_short_and_normal_request(server: Server) -> None:
     """As middleware, teardown functions and the log see it. A stream begins with what is held."""
     bouncer = Remote(server)
-    client = bouncer.request(view=subscribe_that_holds, query={"watched": 1})
+    client = bouncer.request("x", query={"held": 1, "watched": 1})
     expected = {"bytes": 2, "closed": True, "teardown": "None"}
     bouncer.wait_for(detached=1)
     if server.kind.has_log:
@@ -2996,66 +2669,59 @@ def test_takeover_of_a_unix_socket(kind: str, tmp_path: Path) -> None:
         assert ["hi"] == client.datas(1)
 
 
-TLS = [("development", "--cert", "--key")]
-TLS += [(kind, "--certfile", "--keyfile") for kind in ("gthread-served", "gevent")]
+TLS = [("development", "--cert certificate --key key")]
+TLS += [(kind, "--certfile certificate --keyfile key") for kind in ("gthread-served", "gevent")]
 
 
-@pytest.mark.parametrize(
-    ("view", "first"), [(subscribe, b":\n"), (generate, b"data: ada, secret\n")]
-)
-@pytest.mark.parametrize(("kind", "cert_option", "key_option"), TLS)
+@pytest.mark.parametrize(("view", "first"), [(subscribe, ":"), (generate, "data: ada, secret")])
+@pytest.mark.parametrize(("kind", "options"), TLS)
 def test_takeover_leaves_tls_to_the_server(
-    kind: str, cert_option: str, key_option: str, view: Any, first: bytes, tmp_path: Path
+    kind: str, options: str, view: Any, first: str, tmp_path: Path
 ) -> None:
     """Also what a generator yields that asks for detach=True, and it has the view's context."""
     need("openssl")
-    key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
-    request = "openssl req -x509 -newkey rsa:2048 -noenc -subj /CN=x -addext".split()
-    made = run(*request, "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate)
+    command = "openssl req -x509 -newkey rsa:2048 -noenc -subj /CN=x -keyout key -out certificate"
+    made = run(*command.split(), "-addext", "subjectAltName=IP:127.0.0.1", cwd=tmp_path)
     assert 0 == made.returncode, made.stderr
-    with serve(kind, tmp_path / "app", cert_option, certificate, key_option, key) as server:
-        server.tls = ssl.create_default_context(cafile=certificate)
+    with serve(kind, tmp_path, *options.split()) as server:
+        server.tls = ssl.create_default_context(cafile=tmp_path / "certificate")
         bouncer = Remote(server, detach=True)
         with server.open(bouncer.url(view, channel="x")) as stream:
-            assert first == stream.readline()
+            assert f"{first}\n".encode() == stream.readline()
             assert 0 == bouncer.stats()["detached"]
             bouncer.broadcast("hi")
             bouncer.disconnect("x")
             assert b"data: hi\n\n" == stream.read().lstrip()
 
 
+CHUNKS = (b"8000\r\n" + b"x" * 0x8000 + b"\r\n") * 30 + b"0\r\n\r\n"
 # What says how long the body of a request is, and a body of a megabyte.
-UNREAD = [
-    pytest.param({"Content-Length": "1000000"}, b"x" * 1_000_000, id="length"),
-    pytest.param(
-        {"Transfer-Encoding": "chunked"},
-        (b"8000\r\n" + b"x" * 0x8000 + b"\r\n") * 30 + b"0\r\n\r\n",
-        id="chunked",
-    ),
-]
+UNREAD: dict[str, dict[str, Any]] = {
+    "length": {"headers": {"Content-Length": "1000000"}, "more": b"x" * 1_000_000},
+    "chunked": {"headers": {"Transfer-Encoding": "chunked"}, "more": CHUNKS},
+}
 
 
 @detaching
-@pytest.mark.parametrize(("headers", "body"), UNREAD)
-def test_takeover_of_a_request_whose_body_nobody_reads(
-    server: Server, headers: Any, body: bytes
-) -> None:
+@pytest.mark.parametrize("options", UNREAD.values(), ids=UNREAD)
+def test_takeover_of_a_request_whose_body_nobody_reads(server: Server, options: Any) -> None:
     """Its own body is nothing that a client says beyond it."""
     bouncer = Remote(server)
-    client = bouncer.client(method="POST", headers=headers, more=body)
+    client = bouncer.client(method="POST", **options)
     bouncer.broadcast("hi")
     assert ["hi"] == client.datas(1)
 
 
-@on(
-    "development", "sync", "gevent", "pywsgi"
-)  # waitress has a buffer, and uWSGI sends no large head
+@on("development", "sync", "gevent", "pywsgi")
 def test_takeover_of_a_large_head_or_of_one_that_is_too_large(server: Server) -> None:
-    """200 KB of cookies arrive. 4 MB are an error that ends the request: its worker is free."""
+    """200 KB arrive. 4 MB end the request. waitress has a buffer, and uWSGI sends no large head."""
     bouncer = Remote(server)
-    client = bouncer.client(view=subscribe_with_large_head, query={"headers": 4})
+    client = bouncer.client(query={"headers": 4})
     assert 50_000 == len(client.head.headers["X-3"])
-    bouncer.request(view=subscribe_with_large_head, query={"headers": 80})
+    failed = bouncer.request(query={"headers": 80})
+    while failed.socket.recv(65536):
+        pass
+    failed.leave()  # for which gunicorn waits
     bouncer.broadcast("hi")
     assert ["hi"] == client.datas(1)
     bouncer.wait_for(subscribers=1, detached=1)
@@ -3063,34 +2729,36 @@ def test_takeover_of_a_large_head_or_of_one_that_is_too_large(server: Server) ->
         server.clear()
 
 
-def generating(bouncer: Remote, count: int) -> list[Client]:
+def generating(bouncer: Remote, count: int, **query: Any) -> list[Client]:
     """Have so many generators run, each of which has yielded what its context has."""
-    clients = [bouncer.request(view=generate) for _ in range(count)]
+    clients = [bouncer.request(view=generate, query=query) for _ in range(count)]
     assert [["ada, secret"]] * count == [client.datas(1) for client in clients]
     return clients
 
 
-def test_takeover_of_a_silent_generator_has_heartbeats_and_no_timeout(tmp_path: Path) -> None:
-    """It outlives by far what gunicorn lets a request take: it is none."""
-    with serve("sync", tmp_path, "--timeout", "5") as server:
-        bouncer = Remote(server)
-        (client,) = generating(bouncer, 1)
-        client.wait_for_beats(1)
+def test_takeover_of_a_silent_generator_has_heartbeats(monkeypatch: Any) -> None:
+    """After 15 seconds: the clock is put forward, and an item has the hub look at it."""
+    clock, bouncer = time.monotonic, EventBouncer()
+    items = (item for item in bouncer.subscribe())
+    with offered(lambda: sse_response(items, detach=True)) as offer:
+        offer.detach()
+        wait_until(lambda: offer.client.recv(4096).endswith(b"\n:\n"), "opening")
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 16)
         bouncer.broadcast("hi")
-        assert ["hi"] == client.datas(1)
+        wait_until(lambda: b":\n" in offer.client.recv(4096), "a heartbeat")
+        bouncer.close()
 
 
 @detaching
 def test_takeover_of_twenty_generators_holds_no_worker_and_leaves_nothing(server: Server) -> None:
-    """The only worker answers. One whose client leaves is closed at its next item, and the bodies
-    of others end as whole ones: no thread and no descriptor stays."""
+    """With stream_with_context, too. One whose client leaves is closed at its next item."""
     bouncer = Remote(server, maxsize=1_000)
     generating(bouncer, 1)
     threads, descriptors = server.count("task"), server.count("fd")
-    clients = generating(bouncer, 20)
+    clients = generating(bouncer, 10) + generating(bouncer, 10, kept=1)
     bouncer.broadcast(*range(100))
     assert [list(map(str, range(100)))] * 20 == [client.datas(100) for client in clients]
-    clients.pop().leave("close")
+    clients.pop(0).leave("close")
     clients.pop().leave("reset")
     publish = functools.partial(bouncer.broadcast, "x")
     wait_until(lambda: bouncer.do(what_was_seen).get("ended") == 2, "finally", publish)
@@ -3103,19 +2771,9 @@ def test_takeover_of_twenty_generators_holds_no_worker_and_leaves_nothing(server
     wait_until(lambda: server.count("fd") <= descriptors, "the descriptors are closed")
 
 
-@everywhere
-def test_takeover_of_a_generator_that_keeps_its_context(server: Server) -> None:
-    bouncer = Remote(server)
-    client = bouncer.request(view=generate, query={"kept": 1})
-    assert ["ada, secret"] == client.datas(1)
-    bouncer.disconnect("x")
-    assert [] == client.wait_end()
-    assert client.whole
-
-
 def ahead(bouncer: Remote) -> Client:
     """Have a generator yield as much as it can to a client that reads nothing."""
-    client = bouncer.request(view=generate_endlessly, receive_buffer=4096)
+    client = bouncer.request(view=generate, query={"endless": 1}, receive_buffer=4096)
     wait_until(lambda: bouncer.do(what_was_seen).get("yielded", 0) > 64, "it is ahead")
     for _ in range(100):  # in each, it could go on
         bouncer.stats()
@@ -3133,37 +2791,33 @@ def test_takeover_of_a_generator_waits_for_a_slow_client(server: Server) -> None
 
 def test_takeover_of_more_than_a_thousand_generators_leaves_them_to_the_server() -> None:
     """The server's own threads are the brake then; when one has ended, there may be another."""
-    others, end, names = {*threading.enumerate()}, threading.Event(), list[str]()
+    others, end, names = {*threading.enumerate()}, threading.Event(), queue.SimpleQueue[str]()
 
     def items() -> Iterator[str]:
-        names.append(threading.current_thread().name)
+        names.put(threading.current_thread().name)
         yield "x"
         end.wait(TIMEOUT)
 
-    def start() -> socket.socket:
-        """Have one more run, and return its client."""
-        with offered(lambda: sse_response(items(), detach=True)) as offer:
-            count, client = len(names), offer.client.dup()
-            offer.begin()
-            next(offer.body, None)
-            wait_until(lambda: len(names) > count, "it runs")
-        return client
+    def start(stack: contextlib.ExitStack) -> str:
+        """Have one more run, and return the name of its thread."""
+        offer = stack.enter_context(offered(lambda: sse_response(items(), detach=True)))
+        offer.begin()
+        next(offer.body, None)
+        offer.connection.close()
+        return names.get(timeout=TIMEOUT)
 
-    clients = [start() for _ in range(1_001)]
-    end.set()
-    for client in clients:
-        client.close()
+    with contextlib.ExitStack() as stack:
+        assert {"sse_bouncer generator"} == {start(stack) for _ in range(1_000)}
+        assert threading.current_thread().name == start(stack)
+        end.set()
     wait_until(lambda: {*threading.enumerate()} <= others, "the threads end")
-    start().close()
-    assert threading.current_thread().name == names.pop(1_000)
-    assert {"sse_bouncer generator"} == {*names}
+    with contextlib.ExitStack() as stack:
+        assert "sse_bouncer generator" == start(stack)
 
 
 @on("development", "sync", "gthread")
-def test_takeover_of_a_child_that_ends_is_not_the_end_of_its_parents_streams(
-    server: Server,
-) -> None:
-    """Nor of its generators; and a client that leaves is told of once, by the parent."""
+def test_takeover_of_a_child_that_ends_does_not_end_its_parents_streams(server: Server) -> None:
+    """Nor its generators; and a client that leaves is told of once, by the parent."""
     bouncer, before = Remote(server), server.log().count("ada left")
     (client,) = generating(bouncer, 1)
     told = bouncer.client("ada", view=subscribe_and_tell)
@@ -3176,71 +2830,33 @@ def test_takeover_of_a_child_that_ends_is_not_the_end_of_its_parents_streams(
     assert before + 1 == server.log().count("ada left")
 
 
-@pytest.fixture
-def alarm() -> Iterator[Callable[..., None]]:
-    """Has something done by a signal handler, so many seconds from now."""
-
-    def set_alarm(seconds: float, do: Callable[[], None]) -> None:
-        signal.signal(signal.SIGALRM, lambda *_: do())
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-    yield set_alarm
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-
-def test_takeover_or_broadcast_in_which_a_signal_handler_closes(alarm: Any) -> None:
-    """At any moment: no stream is forgotten, and nobody waits for ever."""
-    for number in range(1, 150):
-        bouncer = EventBouncer(history=5, heartbeat=None)
-        with offered(bouncer.stream) as offer:
-            offer.begin()
-            readers = [bouncer.subscribe() for _ in range(20)]
-            alarm(8e-6 * number, bouncer.close)
-            assert [] == list(offer.body)
-            while bouncer.subscribers:
-                bouncer.broadcast("x")
-                for reader in readers:
-                    held(reader)
-            assert b":\n" in b"".join(iter(functools.partial(offer.client.recv, 4096), b""))
-            with pytest.raises(Refused):
-                bouncer.subscribe()
-
-
-def check_ended(offers: list[Offer]) -> None:
-    for offer in offers:
-        received = b"".join(iter(functools.partial(offer.client.recv, 4096), b""))
-        assert received.endswith(b":\n")
-
-
-def test_takeover_in_the_first_moment_of_which_a_signal_handler_closes(alarm: Any) -> None:
-    """Another stream ends meanwhile, and with it the hub's work: this one ends too."""
-    for number in range(1, 200):
-        bouncer = EventBouncer(heartbeat=None)
-        with offered(bouncer.stream) as one, offered(bouncer.stream) as two:
-            one.begin()
-            two.begin()
-            assert [] == list(one.body)
-            alarm(2e-6 * number, bouncer.close)
-            assert [] == list(two.body)
-            bouncer.close()
-            check_ended([one, two])
-
-
-def test_takeover_and_an_end_in_the_middle_of_which_a_signal_handler_closes(alarm: Any) -> None:
-    """No end is forgotten because the other stream's was the last."""
-    for number in range(1, 200):
-        bouncer = EventBouncer(heartbeat=None)
-        with offered(bouncer.stream) as one, offered(bouncer.stream) as two:
-            for offer in (one, two):
-                offer.begin()
-                assert [] == list(offer.body)
-            subscriptions = bouncer.subscribers
-            alarm(1e-6 * number, bouncer.close)
-            for subscription in subscriptions:
-                bouncer.unsubscribe(subscription)
-            bouncer.close()
-            check_ended([one, two])
+def test_takeover_broadcast_or_end_in_which_a_signal_handler_closes() -> None:
+    """At any moment: no stream and no end is forgotten, and nobody waits for ever."""
+    before = signal.signal(signal.SIGALRM, lambda *_: bouncer.close())
+    try:
+        for number in range(1, 450):
+            bouncer = EventBouncer(history=5, heartbeat=None)
+            with offered(bouncer.stream) as one, offered(bouncer.stream) as two:
+                one.detach()
+                two.begin()
+                streams = bouncer.subscribers[: number % 3]
+                readers = [bouncer.subscribe() for _ in range(20)]
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + 6e-9 * number**2)  # mostly soon
+                assert [] == list(two.body)
+                for subscription in streams:
+                    bouncer.unsubscribe(subscription)
+                while bouncer.subscribers:
+                    bouncer.broadcast("x")
+                    for reader in readers:
+                        held(reader)
+                for offer in (one, two):
+                    received = b"".join(iter(functools.partial(offer.client.recv, 4096), b""))
+                    assert b"\n:\n" in received
+                with pytest.raises(Refused):
+                    bouncer.subscribe()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("items", [0, 1])
@@ -3254,27 +2870,6 @@ def test_takeover_that_the_server_breaks_off_leaves_nothing(items: int) -> None:
         assert b"an error page" == offer.client.recv(100)
     assert () == bouncer.subscribers
     assert before == descriptors()
-
-
-class Ambiguous:
-    """An item that nothing can be compared with, such as an array of numpy."""
-
-    def __eq__(self, other: object) -> bool:
-        raise ValueError("the truth value is ambiguous")
-
-
-def test_response_of_a_detached_generator_compares_no_items(caplog: Any) -> None:
-    """What cannot be formatted is left out, and the others arrive."""
-    app = app_of(lambda: sse_response(iter([Ambiguous(), "last"]), detach=True))
-    ours, theirs = socket.socketpair()
-    with ours, theirs, contextlib.closing(body_of(app, offered=ours)) as body:
-        items = iter(body)
-        ours.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + next(items))
-        assert [] == list(items)
-        theirs.settimeout(TIMEOUT)
-        received = b"".join(iter(functools.partial(theirs.recv, 4096), b""))
-        assert received.endswith(b":\ndata: last\n\n")
-        assert "left out of a stream" in caplog.text
 
 
 # =================================================================================================
@@ -3310,9 +2905,8 @@ def check_restarted(server: Server) -> None:
     assert Remote(server).client()
 
 
-STOPS = [("sync", "SIGTERM", 1_000), ("gthread", "SIGTERM", 20), ("gevent", "SIGTERM", 20)]
+STOPS = [("sync", "SIGTERM", 1_000), ("gevent", "SIGTERM", 20), ("uwsgi", "SIGTERM", 20)]
 STOPS += [(kind, "SIGINT", 20) for kind in ("development", "gthread", "waitress", "pywsgi")]
-STOPS += [("uwsgi", "SIGTERM", 20)]
 
 
 @pytest.mark.parametrize(("kind", "how", "count"), STOPS)
@@ -3364,61 +2958,42 @@ LAST += [(kind, "SIGINT") for kind in ("development", "waitress")]
 
 
 @pytest.mark.parametrize(("kind", "how"), LAST)
-def test_stopping_sends_what_was_broadcast_right_before(
-    kind: str, how: str, tmp_path: Path
-) -> None:
+def test_stopping_sends_all_and_closes_generators(kind: str, how: str, tmp_path: Path) -> None:
+    """And calls on_close. Two generators are endless, one for a client that reads nothing."""
     with serve(kind, tmp_path) as server:
         bouncer = Remote(server)
         readers = [Task(client.wait_end) for client in bouncer.streams(100)]
+        told = Remote(server).client("ada", view=subscribe_and_tell)
+        endless = Remote(server).request(view=generate, query={"endless": 1})
+        clients = [endless, *generating(Remote(server), 1)]
+        others = [Task(client.wait_end) for client in [told, *clients]]
+        ahead(Remote(server))
         Task(bouncer.do, broadcast_and_end, how)  # not answered by a server that ends at once
         for reader in readers:
             assert list(map(str, range(100))) == reader.result()
-
-
-@pytest.mark.parametrize(("kind", "how"), LAST)
-def test_stopping_calls_on_close_and_closes_generators(kind: str, how: str, tmp_path: Path) -> None:
-    """Endless ones, for a client that reads and one that does not; and one that waits for us."""
-    with serve(kind, tmp_path) as server:
-        told = Remote(server).client("ada", view=subscribe_and_tell)
-        clients = [Remote(server).request(view=generate_endlessly), *generating(Remote(server), 1)]
-        readers = [Task(client.wait_end) for client in clients]
-        ahead(Remote(server))
-        server.process.send_signal(getattr(signal, how))
-        for reader in readers:
-            reader.result()
-        server.process.wait(TIMEOUT)
-        assert [] == told.wait_end()
-        assert 1 == server.log().count("ada left secret")
-        assert 3 == server.log().count("finally")
+        for other in others:
+            other.result()
+        wait_until(lambda: server.log().count("finally") == 3, "the generators are closed")
+        server.wait_for_log("ada left secret")
         server.bouncers.clear()
 
 
-EXITS = """
-import socket, sys
-import flask
-from werkzeug.test import create_environ
-from sse_bouncer import EventBouncer
-
-app, bouncer = flask.Flask("test"), EventBouncer()
-app.add_url_rule("/", "view", lambda: bouncer.stream("x"))
-ours = socket.socket(fileno=int(sys.argv[1]))
-environ = {**create_environ("/"), "werkzeug.socket": ours}
-body = iter(app(environ, lambda status, headers, exc_info=None: print))
-opening = next(body)
-head = b"HTTP/1.1 200 OK\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n"
-ours.sendall(head + b"%x\\r\\n%b\\r\\n" % (len(opening), opening))
-assert [] == list(body)
-bouncer.broadcast("last")
-bouncer.disconnect("x")
-"""
+def exit_after_an_end(descriptor: str) -> None:
+    """Take a connection over, end its stream for good, and then the process."""
+    bouncer, connection = EventBouncer(), socket.socket(fileno=int(descriptor))
+    body = iter(body_of(app_of(lambda: bouncer.stream("x")), offered=connection))
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    connection.sendall(head + b"2\r\n%b\r\n" % next(body))
+    assert [] == list(body)
+    bouncer.broadcast("last")
+    bouncer.disconnect("x")
 
 
 def test_stopping_sends_the_end_of_a_body_that_comes_right_before_it() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        options: Any = {"pass_fds": [ours.fileno()]}
-        finished = run(sys.executable, "-c", EXITS, str(ours.fileno()), **options)
-        assert "" == finished.stderr
+        program = [PYTHON, __file__, "exit_after_an_end", str(ours.fileno())]
+        assert "" == run(*program, pass_fds=[ours.fileno()]).stderr
         ours.close()
         theirs.settimeout(TIMEOUT)
         received = b"".join(iter(functools.partial(theirs.recv, 4096), b""))
@@ -3468,16 +3043,6 @@ def chromium(browser: Any, url: str) -> Iterator[Event]:
         yield Event(*browser.execute_script(f"return read[{place}]"))
 
 
-def curl(url: str) -> Iterator[Event]:
-    parser = Parser()
-    with subprocess.Popen(["curl", "-sSN", "--compressed", url], stdout=-1) as process:
-        try:
-            for line in process.stdout or []:
-                yield from parser.feed(line)
-        finally:
-            process.kill()
-
-
 def httpx_sse(url: str) -> Iterator[Event]:
     import httpx
     from httpx_sse import connect_sse
@@ -3485,15 +3050,6 @@ def httpx_sse(url: str) -> Iterator[Event]:
     with httpx.Client(timeout=TIMEOUT) as client, connect_sse(client, "GET", url) as source:
         for event in source.iter_sse():
             yield Event(event.data, event.event, event.id)
-
-
-def requests(url: str) -> Iterator[Event]:
-    import requests
-
-    parser = Parser()
-    with requests.get(url, stream=True, timeout=TIMEOUT) as response:
-        for line in response.iter_lines():
-            yield from parser.feed(line + b"\n")
 
 
 def sseclient(url: str) -> Iterator[Event]:
@@ -3505,7 +3061,7 @@ def sseclient(url: str) -> Iterator[Event]:
             yield Event(event.data, event.event, event.id or "")
 
 
-@pytest.fixture(params=[chromium, curl, httpx_sse, requests, sseclient])
+@pytest.fixture(params=[chromium, httpx_sse, sseclient])
 def reads(request: pytest.FixtureRequest) -> Callable[[str], Iterator[Event]]:
     """A client that reads the stream at a URL."""
     if request.param is chromium:
@@ -3516,8 +3072,7 @@ def reads(request: pytest.FixtureRequest) -> Callable[[str], Iterator[Event]]:
 
 @contextlib.contextmanager
 def nginx(upstream: int | str, folder: Path) -> Iterator[int]:
-    """Run a real nginx before a server, as in the README but for TLS, with gzip; give its port. The
-    server is at a port, or where a directive says."""
+    """Run nginx before a server (its port, or a directive), as in the README, but with gzip."""
     need("nginx")
     (site,) = re.findall(r"^```nginx\n(.*?)^```", README, re.M | re.S)
     with held_port() as port:
@@ -3563,29 +3118,17 @@ WAYS = [("development", "direct"), ("development", "nginx"), ("gthread", "direct
 def test_client_has_each_event_before_the_next_is_broadcast(
     server: Server, way: int, reads: Any
 ) -> None:
-    """To the character, with its id; and no event that nobody sent, for all the heartbeats. nginx
-    with gzip holds nothing back, and that a client leaves is seen through it."""
-    bouncer = Remote(server, history=100, heartbeat=0.02, retry=1000)
-    read = list[Event]()
-
-    def follow() -> None:
-        with contextlib.closing(reads(f"http://127.0.0.1:{way}{bouncer.url()}")) as events:
-            for event in events:
-                read.append(event)
-                if event.type == "done":
-                    return
-
-    def has_read(count: int) -> bool:
-        return len(read) >= count or client.done()
-
-    client, beats = Task(follow), bouncer.client()
-    bouncer.wait_for(subscribers=2)
-    for number, (fields, _) in enumerate(TEXTS):
-        if number % 8 == 0:  # heartbeats come between events, and before them
-            beats.wait_for_beats(3)
-        bouncer.broadcast(fields["data"], event=fields.get("event"))
-        wait_until(functools.partial(has_read, number + 1), "it arrives")
-    client.result()
+    """To the character, and no event that nobody sent. Through nginx, with gzip, it is the same."""
+    bouncer, read = Remote(server, history=100, heartbeat=0.02, retry=1000), list[Event]()
+    beats = bouncer.client()
+    with contextlib.closing(reads(f"http://127.0.0.1:{way}{bouncer.url()}")) as events:
+        for number, (fields, _) in enumerate(TEXTS):
+            coming = Task(next, events)
+            bouncer.wait_for(subscribers=2)
+            if number % 8 == 0:  # heartbeats come between events, and before them
+                beats.wait_for_beats(3)
+            bouncer.broadcast(fields["data"], event=fields.get("event"))
+            read.append(coming.result())
     expected = [(event.data, event.type) for _, events in TEXTS for event in events]
     assert expected == [(event.data, event.type) for event in read]
     assert are_increasing(event.id for event in read)
@@ -3643,28 +3186,13 @@ def log_in(readme: Server, user: str) -> dict[str, str]:
 
 
 def test_readme_publishes_what_its_page_sends(readme: Server) -> None:
+    """To all, and to those in an inbox, who are known."""
     assert '"/subscribe"' in readme.ask("/")
-    client = readme.client("/subscribe").wait_opening()
-    readme.ask("/publish", b"a\nb")
-    assert ["a\nb"] == client.datas(1)
-
-
-def test_readme_todos_are_sent_first_and_then_their_changes(readme: Server) -> None:
-    client = readme.client("/todos").wait_opening()
-    (snapshot,) = client.events(1)
-    assert "snapshot" == snapshot.type
-    assert "tea" == json.loads(snapshot.data)["1"]
-    url = f"http://127.0.0.1:{readme.port}/todos/2"
-    urllib.request.urlopen(urllib.request.Request(url, b"milk", method="PUT")).close()
-    (todo,) = client.events(1)
-    assert Event('{"2": "milk"}', "todo") == todo._replace(id="")
-
-
-def test_readme_inbox_is_for_its_user(readme: Server) -> None:
     assert 401 == readme.client("/inbox").head.status
     bob = readme.client("/inbox", headers=log_in(readme, "bob")).wait_opening()
-    readme.ask("/publish", b"to all")
-    assert ["to all"] == bob.datas(1)
+    client = readme.client("/subscribe").wait_opening()
+    readme.ask("/publish", b"a\nb")
+    assert [["a\nb"]] * 2 == [client.datas(1), bob.datas(1)]
 
 
 def test_readme_room_knows_who_is_there(readme: Server) -> None:
@@ -3684,6 +3212,7 @@ def test_readme_room_knows_who_is_there(readme: Server) -> None:
     wait_for("user-dan")
 
 
+@pytest.mark.parametrize("readme", ["gthread-served"], indirect=True)
 def test_readme_progress_ends_for_good(readme: Server) -> None:
     client = readme.client("/progress")
     *steps, _ = client.wait_end()
@@ -3811,4 +3340,5 @@ def test_promise_types_reach_users_of_the_wheel(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     programs: list[Callable[..., None]] = [run_pywsgi, patch_late, fork_many, broadcast_in_child]
+    programs += [exit_after_an_end]
     {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])
