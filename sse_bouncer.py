@@ -11,9 +11,9 @@ With ``bouncer = EventBouncer()`` one view returns ``bouncer.stream()``, and ano
     6. RESPONSE     a stream as a Flask response: ``sse_response``
 
 A room calls only the rooms above it. There are two exceptions: ``EventBouncer.stream`` calls room
-6, and the hub tells a stream's subscription, in room 5, that it has ended. An attribute or a method
-with an underscore is used only in its room, but those of `EventBouncer` and `Subscription` are used
-in room 6 too.
+6, and the hub tells a stream's subscription, in room 5, that it has ended, by `_end`. All other
+attributes and methods with an underscore are used only in their room, but room 6 uses those of
+`EventBouncer` and `Subscription` too.
 
 Four words are used throughout. A *reader* is a subscription from which code takes frames by
 ``get()``. A *detached* stream is a client's connection that was taken over from the server: the hub
@@ -60,7 +60,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from flask import Flask, Response
@@ -70,7 +70,7 @@ __all__ += ["Frame", "format_sse", "sse_response"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_WARNINGS = 1_000  # different ones: some show what a client sent, and there is no end of that
+_MOST_WARNINGS = 1_000  # different ones: some show what a client sent, so there could be any number
 _warned: set[str] = set()
 
 
@@ -82,7 +82,7 @@ def _warn_once(message: str, example: object = "") -> None:
 
 
 def _wrong(name: str, expected: str, given: object, advice: str) -> str:
-    """Return the message of an error that an argument raises."""
+    """Return the message of an error about an argument."""
     return f"{name}: expected {expected}, got {given!r:.80}; {advice}"
 
 
@@ -95,10 +95,10 @@ def _check_integer(name: str, value: object, least: int) -> int:
 
 
 class _Forked(BaseException):
-    """Raised in a greenlet of the parent's, in a forked child."""
+    """Ends the parent's greenlets in a forked child."""
 
 
-_greenlets: weakref.WeakSet[Any] = weakref.WeakSet()  # gevent's, of the threads of this file
+_greenlets: weakref.WeakSet[Any] = weakref.WeakSet()  # in which threads of this file run
 
 
 def _start_thread(run: Callable[[], None], name: str) -> None:
@@ -110,12 +110,38 @@ def _start_thread(run: Callable[[], None], name: str) -> None:
             _greenlets.add(sys.modules["gevent"].getcurrent())
         with contextlib.suppress(_Forked):
             run()
-        # After a fork threading knows nothing of this greenlet, and fails if it ends.
+        # In a forked child this greenlet must not end, or threading would fail: it sleeps for ever.
         while os.getpid() != process:
             with contextlib.suppress(_Forked):
                 threading.Event().wait()
 
     threading.Thread(target=target, name=name, daemon=True).start()
+
+
+class _OwnThread(abc.ABC):
+    """An object with a thread of its own, which `start` starts."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._has_started = False
+        self._is_taken = threading.Lock()  # acquired by the thread, and never released
+
+    def start(self) -> None:
+        """Start the thread, if it has not been started. RuntimeError if there can be none.
+
+        Call it without holding a lock, as starting a thread yields to other greenlets. If two
+        callers start it at the same time, the second thread ends at once.
+        """
+        if not self._has_started:
+            _start_thread(self._run_alone, self._name)
+            self._has_started = True
+
+    def _run_alone(self) -> None:
+        if self._is_taken.acquire(blocking=False):
+            self._run()
+
+    @abc.abstractmethod
+    def _run(self) -> None: ...
 
 
 # =================================================================================================
@@ -298,7 +324,7 @@ def _as_flask(value: object) -> str:
 # 2. HISTORY
 # The newest events, in order, and what a client has missed. No lock and no clock in here.
 
-_MAX_CHANNELS = 10_000  # of which a history knows what it no longer keeps
+_MAX_CHANNELS = 10_000  # whose newest forgotten event a history remembers
 
 _Id = tuple[int, int]  # for Redis: milliseconds, and a sequence number within them
 _NO_ID: _Id = (0, 0)  # before the ids of all events
@@ -328,14 +354,9 @@ class _History:
 
     def __init__(self, size: int, floor: _Id) -> None:
         self._events: deque[_Event] = deque(maxlen=size)
-        self.begin(floor)
-
-    def begin(self, floor: _Id) -> None:
-        """Forget everything, and go on with what comes after the event of this id."""
-        self._events.clear()
-        self._floor = self.newest = floor
-        self._first: _Id | None = None  # the first id since then
-        self._forgotten: dict[str | None, _Id] = {}  # a channel's newest event that is not kept
+        self._floor = self.newest = floor  # the id before its first event
+        self._first: _Id | None = None  # the id of its first event
+        self._forgotten: dict[str | None, _Id] = {}  # each channel's newest event that was dropped
 
     def keep(self, event: _Event) -> None:
         if self._first is None:
@@ -354,8 +375,12 @@ class _History:
             self._floor = event.id
 
     def knows(self, id: _Id) -> bool:
-        """Return whether the event of this id is one that has been here."""
-        # An id between the floor and the first event is of a stream that was deleted in the relay.
+        """Return whether a client that has this id has seen this history.
+
+        The id is the floor, or lies between the first event and the newest.
+        """
+        # Ids between the floor and the first event belong to a stream that was deleted in the
+        # relay: nobody can say what such a client has seen.
         is_since_then = self._first is not None and self._first <= id <= self.newest
         return is_since_then or id == self._floor
 
@@ -391,6 +416,7 @@ class _History:
 # missed something, whatever the cause. No HTTP in here; the Redis client is the app's own object.
 
 _READ_COUNT = 1_000  # entries that are read at once
+_OLD_REDIS_PY = re.compile(r"[0-3]\.|4\.[0-3]\.")  # versions before 4.4
 
 _Entry = tuple[str, str, str | None, str | None]  # see Relay
 
@@ -432,8 +458,9 @@ class RedisRelay:
 
     :param client: A ``redis.Redis`` or ``redis.RedisCluster`` of redis-py 4.4 or later, which may
         decode responses. Give it a ``socket_timeout``, or a Redis that hangs holds publishers.
-    :param key: The stream's key. Who shares it shares all events, also those of private channels:
-        all processes of an app use the same, and each app one of its own. The default is ``sse``.
+    :param key: The stream's key. Processes with the same key share all events, also those of
+        private channels. All processes of one app use one key, and each app another. The default is
+        ``sse``.
     :param maxlen: About how many events Redis keeps, at least 1. The default is 10,000.
     :raises TypeError, ValueError: if an argument is of the wrong type, or out of range.
     """
@@ -447,7 +474,7 @@ class RedisRelay:
 
     def __init__(self, client: Any, key: str = "sse", maxlen: int = 10_000) -> None:
         is_async = inspect.iscoroutinefunction(getattr(client, "execute_command", None))
-        if not hasattr(client, "eval") or is_async or _redis_py_version(client) < (4, 4):
+        if not hasattr(client, "eval") or is_async or _is_old_redis_py(client):
             expected = "a client of redis-py 4.4 or later that is not for asyncio"
             raise TypeError(_wrong("client", expected, client, "use RedisRelay.from_url(...)"))
         self.key = _check_text("key", key)
@@ -465,9 +492,12 @@ class RedisRelay:
         return cls(redis.Redis.from_url(url, socket_timeout=5), key, maxlen)
 
     def publish(self, channel: str | None, frame: str | None) -> None:
-        given = {"channel": channel, "frame": frame}
-        fields = [(name, text.encode()) for name, text in given.items() if text is not None]
-        self._client.eval(self._PUBLISH, 1, self.key, self.maxlen, *itertools.chain(*fields))
+        fields: list[str | bytes] = []  # the texts in UTF-8, whatever the client's own encoding is
+        if channel is not None:
+            fields += ["channel", channel.encode()]
+        if frame is not None:
+            fields += ["frame", frame.encode()]
+        self._client.eval(self._PUBLISH, 1, self.key, self.maxlen, *fields)
 
     def recent(self, count: int) -> list[_Entry]:
         return self._entries("XREVRANGE", "+", "-", count)[::-1]
@@ -492,17 +522,13 @@ class RedisRelay:
         return entries
 
     def _execute(self, *command: object) -> Any:
-        # A client that decodes would stop for good at an entry, of anyone's, that is not UTF-8.
+        # If the client decoded, one entry that is not UTF-8 would make every read fail.
         return self._client.execute_command(*command, NEVER_DECODE=True)
 
 
-def _redis_py_version(client: object) -> tuple[float, float]:
-    """Return major and minor; of a client of another package, a version later than all."""
-    package, _, _ = type(client).__module__.partition(".")
-    version = re.match(r"(\d+)\.(\d+)", getattr(sys.modules.get(package), "__version__", ""))
-    if package != "redis" or version is None:
-        return math.inf, 0
-    return int(version[1]), int(version[2])
+def _is_old_redis_py(client: object) -> bool:
+    is_redis_py = type(client).__module__.startswith("redis.")
+    return is_redis_py and _OLD_REDIS_PY.match(sys.modules["redis"].__version__) is not None
 
 
 def _decoded(value: bytes | str) -> str:
@@ -517,8 +543,7 @@ def _decoded(value: bytes | str) -> str:
 # lock, and `start` and `wait_while_behind` without it. The first three are put into a mailbox, and
 # the hub's thread does them in that order. Everything else belongs to that thread and needs no
 # lock. It alone closes a descriptor, after it has forgotten it: a reused number gets no other
-# client's frames. Two exceptions: `start` does its work if there can be no thread, and
-# `close_in_child` closes in a forked child.
+# client's frames. The exception is `close_in_child`, for a forked child.
 
 _SEND_BUFFER = 64 * 1024  # bytes that a connection holds in the kernel; its default is megabytes
 _BACKLOG = 64 * 1024  # bytes of frames that may wait for the hub before publishers do
@@ -552,9 +577,9 @@ class _Stream:
     input_left: int  # how many bytes of its client's input are ignored
     pending: deque[bytes | memoryview] | None  # framed; None if it is not behind
     channels: tuple[str, ...] = ()
-    # Whom the hub tells when it ends the stream. No bound method: that takes 64 bytes more.
+    # Told by the hub when the stream ends. No bound method: that takes 64 bytes more.
     owner: _Owner = dataclasses.field(init=False)
-    is_live: bool = False  # it is to get what is sent
+    is_live: bool = False  # it gets what is sent
     limit: int = 0  # how many frames may be pending
 
 
@@ -571,49 +596,32 @@ class _Command(NamedTuple):
 _hubs: set[_Hub] = set()  # those that hold descriptors
 
 
-class _Hub:
+class _Hub(_OwnThread):
     """A thread that sends to streams, and its mailbox."""
 
     def __init__(self, maxsize: int, heartbeat: float | None, heartbeat_wire: bytes) -> None:
+        super().__init__("sse_bouncer")
         self._maxsize = maxsize
         self._heartbeat = heartbeat or math.inf
         self._heartbeat_wire = heartbeat_wire
         self._mailbox: deque[_Message | _Command] = deque()
         self._is_woken = False  # a byte is in the pipe, or the hub is about to look anyway
         self._is_retired = False  # the pipe has been closed: the thread ends with its last stream
-        # Bytes of frames: those put into the mailbox are counted under the bouncer's lock, those
-        # that were sent by the hub's thread.
+        # Bytes of frames that were put into the mailbox, changed under the bouncer's lock, and of
+        # those that the hub's thread has sent, changed by it.
         self._queued_bytes = self._sent_bytes = 0
         # The live streams by framing and channel, and for None those of any channel.
         self._groups: dict[tuple[_Framing, str | None], dict[_Stream, None]] = {}
         self._framings: set[_Framing] = set()
         self._deadlines: dict[_Stream, float] = {}  # of those over their limit, or ending
         self._heartbeat_at = math.inf  # when all streams that are not behind get a heartbeat
-        self._rested_at = self._busy_time = 0.0  # when it last did its mail, and how long it took
+        self._mail_done_at = self._mail_time = 0.0  # when it last did its mail; how long that took
         self._thread: int | None = None
         self._selector = selectors.DefaultSelector()
         self._wakeup_read, self._wakeup_write = os.pipe()
         os.set_blocking(self._wakeup_read, False)
         self._selector.register(self._wakeup_read, selectors.EVENT_READ)
         _hubs.add(self)
-
-    def start(self) -> None:
-        """Start the thread. Called once, without the lock: starting yields to other greenlets.
-
-        If it cannot be started, streams get what they have still to get as far as they take it
-        now, and end.
-        """
-        try:
-            _start_thread(self._run, "sse_bouncer")
-            return
-        except RuntimeError:
-            logger.exception("there can be no thread for the streams, which end")
-        # Until the bouncer retires it. This look comes first: after it nothing is posted.
-        while self._wakeup_write >= 0 or self._mailbox:
-            self._do_mail()
-            for stream in {*self._deadlines, *itertools.chain(*self._groups.values())}:
-                self._close(stream)
-        self._release()
 
     def send(self, channel: str | None, wire: bytes) -> None:
         """Send a frame to the streams of a channel; None is every stream."""
@@ -624,7 +632,7 @@ class _Hub:
         """Let a stream in. After what is pending it gets these frames, then what is sent."""
         stream.pending = deque([*(stream.pending or ()), *map(stream.framing, held)])
         stream.limit = self._maxsize + len(stream.pending)
-        self._post(_Command(self._attach, stream))
+        self._post(_Command(self._let_in, stream))
 
     def end(self, stream: _Stream, is_meant: bool) -> None:
         """Send a stream nothing more, and close it when it has everything, or after a while.
@@ -640,6 +648,8 @@ class _Hub:
         descriptor, self._wakeup_write = self._wakeup_write, -1
         if descriptor >= 0:  # a signal handler may have retired it a moment ago
             os.close(descriptor)
+            if not self._has_started:
+                self._release()
 
     def wait_while_behind(self) -> None:
         """Wait, but not for ever, while too many bytes of frames are left to send."""
@@ -650,7 +660,10 @@ class _Hub:
             time.sleep(_POLL_INTERVAL)
 
     def close_in_child(self) -> None:
-        """Close in a forked child what it has of its parent's, or no client would see its end."""
+        """Close the descriptors that a forked child has inherited.
+
+        With copies in the child, no client would see the end of the parent's connection.
+        """
         posted = [post.stream.descriptor for post in self._mailbox if isinstance(post, _Command)]
         watched = [key.fd for key in self._selector.get_map().values()]
         descriptors = {*watched, *posted, self._wakeup_read, self._wakeup_write} - {-1}
@@ -671,13 +684,14 @@ class _Hub:
             self._is_woken = True
             os.write(self._wakeup_write, b"\0")
 
-    # Everything below is for the hub's thread only.
+    # Everything below is for the hub's thread only. The exception is `_release`, which `retire`
+    # calls if there is no thread.
 
     def _run(self) -> None:
         self._thread = threading.get_ident()
         while self._mailbox or self._groups or self._deadlines or not self._is_retired:
             try:
-                self._run_once()
+                self._take_turn()
             except Exception:
                 logger.exception("unexpected error; the hub goes on")
                 time.sleep(_ERROR_PAUSE)
@@ -688,13 +702,13 @@ class _Hub:
         self._selector.close()
         os.close(self._wakeup_read)
 
-    def _run_once(self) -> None:
+    def _take_turn(self) -> None:
         wake_at = min([self._heartbeat_at, *self._deadlines.values()])
         timeout = min(wake_at - time.monotonic(), _MAX_HEARTBEAT)
         for key, events in self._selector.select(timeout):
             if key.data is None:
                 # Read before the flag is cleared, or this would take the byte of a later message.
-                if not os.read(self._wakeup_read, 1024):
+                if not os.read(self._wakeup_read, 1024):  # retire() has closed the other end
                     self._is_retired = True
                     self._selector.unregister(self._wakeup_read)
             else:
@@ -705,8 +719,8 @@ class _Hub:
         began = time.monotonic()
         if self._mailbox:
             self._do_mail()
-            self._rested_at = time.monotonic()
-            self._busy_time = self._rested_at - began
+            self._mail_done_at = time.monotonic()
+            self._mail_time = self._mail_done_at - began
         self._watch_the_clock()
 
     def _gather(self) -> None:
@@ -716,8 +730,8 @@ class _Hub:
         0.63 to 0.82 million deliveries per second.
         """
         began, seen = time.monotonic(), 0
-        is_loaded = began - self._rested_at < self._busy_time  # the last rest was shorter than work
-        until = began + self._busy_time  # never longer than what it saves
+        is_loaded = began - self._mail_done_at < self._mail_time  # it has rested less than worked
+        until = began + self._mail_time  # never longer than what it saves
         while is_loaded and seen < len(self._mailbox) and time.monotonic() < until:
             seen = len(self._mailbox)
             time.sleep(_GATHER_PAUSE)
@@ -760,7 +774,7 @@ class _Hub:
                 logger.exception("unexpected error; it costs one stream")
             self._close(stream)
 
-    def _attach(self, stream: _Stream) -> None:
+    def _let_in(self, stream: _Stream) -> None:
         if not self._groups:
             self._heartbeat_at = time.monotonic() + self._heartbeat
         stream.is_live = True
@@ -772,7 +786,7 @@ class _Hub:
 
     def _send(self, messages: list[_Message]) -> None:
         try:
-            for framing in self._framings if messages else ():
+            for framing in self._framings:
                 self._send_framed(framing, [(name, framing(wire)) for name, wire in messages])
         finally:
             self._sent_bytes += sum(len(message.wire) for message in messages)
@@ -788,6 +802,7 @@ class _Hub:
                 alike.setdefault(stream.channels, {})[stream] = None
         for channels, streams in alike.items():
             mine = sorted(itertools.chain(*(by_name.get(name, ()) for name in (None, *channels))))
+            # They are back in the order in which they were posted.
             self._send_to(list(streams), [wire for _, wire in mine])
         # Then all others, which get only what is for everyone.
         if to_all := by_name.get(None):
@@ -802,6 +817,7 @@ class _Hub:
         data = b"".join(wires)
         yielded_at = time.monotonic()
         for batch in (streams[i : i + _BATCH] for i in range(0, len(streams), _BATCH)):
+            # Both lists are made before anything is sent: _hold() changes `pending`.
             clear = [s for s in batch if s.pending is None]
             behind = [s for s in batch if s.pending is not None] if len(clear) < len(batch) else []
             taken = _send_to_all([s.descriptor for s in clear], data)
@@ -850,7 +866,11 @@ class _Hub:
         self._note_taken(stream, taken)
 
     def _note_taken(self, stream: _Stream, taken: int) -> None:
-        """Take off the pending frames what the connection took, and see what is to come now."""
+        """Remove from the pending frames what the connection took.
+
+        Then set the stream's deadline, its limit and what to wait for. If it is ending and has
+        everything, shut it down.
+        """
         pending = stream.pending or deque()
         while pending and taken >= len(pending[0]):
             taken -= len(pending.popleft())
@@ -882,12 +902,14 @@ class _Hub:
             self._write_pending(stream)
 
     def _forget(self, stream: _Stream) -> None:
-        for channel in (None, *stream.channels) if stream.is_live else ():
+        if not stream.is_live:
+            return
+        stream.is_live = False
+        for channel in (None, *stream.channels):
             group = self._groups[stream.framing, channel]
             del group[stream]
             if not group:
                 del self._groups[stream.framing, channel]
-        stream.is_live = False
 
     def _close(self, stream: _Stream) -> None:
         descriptor, stream.descriptor = stream.descriptor, -1
@@ -984,7 +1006,6 @@ class _Monitor:
         # Notified when a queue has been emptied, when a subscription has ended, and by the relay's
         # reader. A broadcast waits for slow readers, and subscribe() for what the relay has.
         self.changed = threading.Condition(self.lock)
-        self.callbacks = _Callbacks(self.lock)
 
 
 @dataclasses.dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
@@ -997,23 +1018,25 @@ class Subscription:
     """
 
     channels: tuple[str, ...]
-    maxsize: int  #: How many frames it holds at most.
+    maxsize: int  #: How many frames its reader may fall behind.
     _bouncer: EventBouncer
     _monitor: _Monitor  # the bouncer's, which guards everything in here
     _begins_after: _Id  # the id of the newest event from before it
-    _is_opening: bool  # its server has yet to begin with it, so no publisher waits
+    _is_opening: bool  # its server has not begun to send it; until then no publisher waits for it
     gap: bool = False  #: Whether something it asked for is no longer kept; see `subscribe`.
     ended: str | None = None  #: Why it has ended; None while it is live.
     _frames: deque[Frame] = dataclasses.field(default_factory=deque)
-    # How many of the frames that it holds do not count: the missed ones, the snapshot, and those
-    # from before its server began with it. They are the first ones.
-    _uncounted: int = 0
-    _emptied: int = 0  # how often the queue has been emptied
-    _late_at: float | None = None  # when a broadcast first found it full since then
-    _ready: threading.Condition | None = None  # for which its reader waits
+    # How many frames it may hold: maxsize, and until it has been empty once, also room for the
+    # missed events, the snapshot and what came before its server began to send.
+    _limit: int = dataclasses.field(init=False)
+    _late_since: float | None = None  # when a broadcast found it full; None once it has been empty
+    _ready: threading.Condition | None = None  # its reader waits, and _put and _mark_ended notify
     _is_streamed: bool = False  # a response streams it
     _stream: _Stream | None = None  # the client's, once it is detached
     _on_close: Callable[[], object] | None = None
+
+    def __post_init__(self) -> None:
+        self._limit = self.maxsize + (_OPENING_ROOM if self._is_opening else 0)
 
     def __repr__(self) -> str:
         names = ", ".join(map(repr, self.channels)) or "no channel"
@@ -1059,8 +1082,7 @@ class Subscription:
 
     def full(self) -> bool:
         """Return whether the next broadcast would find no room."""
-        room = self.maxsize + (_OPENING_ROOM if self._is_opening else 0)
-        return len(self._frames) - self._uncounted >= room
+        return len(self._frames) >= self._limit
 
     def __iter__(self) -> Iterator[Frame]:
         return self
@@ -1085,10 +1107,10 @@ class Subscription:
         """Begin as a stream through the server: what it holds by now does not count."""
         with self._monitor.lock:
             self._is_opening = False
-            self._uncounted = len(self._frames)
+            self._limit = self.maxsize + len(self._frames)
 
     def _end(self, why: str) -> None:
-        """End it. Called by the hub, for a stream of its own."""
+        """End it. Called by the hub when it ends this subscription's stream."""
         behind = self._behind()
         self._bouncer._remove(self, why)
         if why == "dropped":
@@ -1104,7 +1126,7 @@ class Subscription:
     def _put_first(self, frames: list[Frame]) -> None:
         """Put frames that do not count before those that it holds."""
         self._frames.extendleft(reversed(frames))
-        self._uncounted += len(frames)
+        self._limit += len(frames)
 
     def _put(self, frame: Frame) -> None:
         self._frames.append(frame)
@@ -1112,10 +1134,9 @@ class Subscription:
 
     def _take(self) -> Frame:
         frame = self._frames.popleft()
-        self._uncounted = max(0, self._uncounted - 1)
         if not self._frames:
-            self._emptied += 1
-            self._late_at = None
+            self._limit = self.maxsize
+            self._late_since = None
             self._monitor.changed.notify_all()
         return frame
 
@@ -1123,12 +1144,16 @@ class Subscription:
         if self._ready is not None:
             self._ready.notify_all()
 
-    def _emptied_if_late(self) -> int | None:
-        """Return how often it has been emptied if it is full and worth a wait; else None."""
+    def _late(self) -> float | None:
+        """Return since when it is full, if that is worth a wait; else None."""
         if self._is_opening or not self.full():
             return None
-        self._late_at = self._late_at or time.monotonic()
-        return self._emptied if time.monotonic() < self._late_at + _MAX_LAG else None
+        self._late_since = self._late_since or time.monotonic()
+        return self._late_since if time.monotonic() < self._late_since + _MAX_LAG else None
+
+    def _has_caught_up(self, since: float) -> bool:
+        """Return whether it has been empty since then, or has ended."""
+        return self._late_since != since or self.ended is not None
 
     def _detach(self, stream: _Stream) -> list[bytes]:
         """Become a stream of the hub. Return the frames that it held."""
@@ -1191,12 +1216,10 @@ class EventBouncer:
         _check_heartbeat(self.heartbeat)
         if not isinstance(self.detach, bool):  # text from the environment, perhaps
             raise TypeError(_wrong("detach", "True or False", self.detach, "in JSON: true, false"))
-        if self.heartbeat_event == "":
-            raise ValueError(_wrong("heartbeat_event", "a name", "", "use None for the comment"))
-        self._heartbeat_wire = _HEARTBEAT
-        if self.heartbeat_event is not None:
-            name = _check_line("heartbeat_event", self.heartbeat_event)
-            self._heartbeat_wire = format_sse("", name).wire
+        name = self.heartbeat_event
+        if name is not None and not _check_line("heartbeat_event", name):
+            raise ValueError(_wrong("heartbeat_event", "a name", name, "use None for the comment"))
+        self._heartbeat_wire = _HEARTBEAT if name is None else format_sse("", name).wire
         self._retry = _retry_range(self.retry)
         if self.relay is not None and not _RELAY_METHODS <= {*dir(self.relay)}:
             expected = f"an object with {', '.join(sorted(_RELAY_METHODS))}"
@@ -1205,22 +1228,22 @@ class EventBouncer:
         self._dumps: Callable[[object], str | bytes] | None = None  # None: see format_sse()
         self._gives_ids = self.history > 0 or self.relay is not None
         self._closed = False
-        self._begin_in_process()
+        self._reset()
         _bouncers.add(self)
 
-    def _begin_in_process(self) -> None:
+    def _reset(self) -> None:
         # The monitor, once it is used; a dictionary, because setdefault() is one step.
         self._made: dict[str, _Monitor] = {}
-        # Those that code reads by get(): hundreds at most, as each holds a thread. If a view fails
-        # and its subscription is never read, it fills up and is dropped.
+        # Readers, and streams that have not begun. They are held weakly: if a view fails and its
+        # subscription is never read, it goes, or fills up and is dropped.
         self._readers: weakref.WeakKeyDictionary[Subscription, None] = weakref.WeakKeyDictionary()
         self._detached: set[Subscription] = set()  # of the hub's streams: there may be thousands
         self._hub: _Hub | None = None  # there is one while there are detached streams
-        self._is_attaching = False  # a stream is given to the hub, which must not be retired now
+        self._attaching: set[Subscription] = set()  # until it is empty, the hub is not retired
         self._relay_reader: _RelayReader | None = None  # made for the first subscriber
         self._publishes_into_nothing = False
         self._counts = {"events": 0, "dropped": 0, "refused": 0, "gaps": 0}
-        # Without a relay ids begin with the time, so that no other process knows them.
+        # Without a relay, ids begin with the time, or another process would take them for its own.
         floor = (time.time_ns(), 0) if self.relay is None else _NO_ID
         self._history = _History(self.history, floor)
 
@@ -1341,10 +1364,10 @@ class EventBouncer:
             after it, and may be in it already, so make events that can be applied twice. If it
             raises, so does this, and nothing of the subscription stays. None, the default, sends no
             state.
-        :param on_close: A function that is called once, after the stream has ended, whatever the
-            reason, in a copy of the view's context, whose teardown is over: use a database within
-            ``app.app_context()``. All of them run in one thread, in order. They may block and
-            broadcast, and what they raise is logged. None, the default, tells nobody.
+        :param on_close: A function that is called once, when the stream gets no more events,
+            whatever the reason, in a copy of the view's context, whose teardown is over: use a
+            database within ``app.app_context()``. All of them run in one thread, in order. They may
+            block and broadcast, and what they raise is logged. None, the default, tells nobody.
         :raises ValueError: if there is a snapshot, and ``last_event_id`` is ``"earliest"``.
         """
         return _stream_response(self, channels, last_event_id, snapshot, on_close)
@@ -1396,7 +1419,7 @@ class EventBouncer:
     def latest_id(self) -> str | None:
         """Return the newest event's id, for a page to pass to `stream`; None without a history.
 
-        With a relay it may wait a second until that has been reached for the first time.
+        With a relay it may wait a second until the relay has been reached for the first time.
         """
         self._start_relay_reader()
         return _id_text(self._history.newest) if self._gives_ids else None
@@ -1444,9 +1467,9 @@ class EventBouncer:
         with self._monitor.lock:
             count = len(self._readers) + len(self._detached)
             if self._closed:
-                self._refuse("an open bouncer", "a closed one")
+                raise self._refused("an open bouncer", "a closed one")
             if count >= (self.max_subscribers or math.inf):
-                self._refuse(f"fewer than {self.max_subscribers} subscribers", "as many")
+                raise self._refused(f"fewer than {self.max_subscribers} subscribers", "as many")
             newest = self._history.newest
             subscription = Subscription(
                 names, self.maxsize, self, self._monitor, newest, is_opening
@@ -1473,10 +1496,10 @@ class EventBouncer:
                 missed = [gap, *self._history.kept(channels)]
         subscription._put_first(missed)
 
-    def _refuse(self, expected: str, given: str) -> NoReturn:
+    def _refused(self, expected: str, given: str) -> Refused:
         with self._monitor.lock:
             self._counts["refused"] += 1
-        raise Refused(f"subscribe: expected {expected}, got {given}; try later")
+        return Refused(f"subscribe: expected {expected}, got {given}; try later")
 
     def _add_snapshot(self, subscription: Subscription, load: Callable[[], object]) -> None:
         """Put the app's state before everything that the subscription holds."""
@@ -1492,41 +1515,41 @@ class EventBouncer:
             subscription._put_first([frame])
 
     def _tell_when_closed(self, subscription: Subscription, on_close: Callable[[], object]) -> None:
-        self._monitor.callbacks.expect()
+        _callbacks().start()
         with self._monitor.lock:
             if subscription.ended is None:
                 subscription._on_close = on_close
             else:  # it was dropped, or closed, a moment ago
-                self._monitor.callbacks.call(on_close)
+                _callbacks().call(on_close)
 
     def _attach(self, subscription: Subscription, stream: _Stream) -> None:
-        """Give a subscription with a reader, and its client's connection, to the hub.
+        """Move a subscription from the readers to the hub, with its client's connection.
 
-        If there can be no hub, OSError is raised, and nothing has changed.
+        If there can be no hub, OSError or RuntimeError is raised, and nothing has changed.
         """
-        with self._monitor.lock:
-            # First, so that a signal handler which closes cannot retire the hub from here on. It
-            # can end the subscription, but not the stream, which it does not know yet.
-            self._is_attaching = True
-            try:
-                is_new = self._hub is None
-                if self._hub is None:
-                    self._hub = _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
+        # First of all: from here on no signal handler can retire the hub. If one ends the
+        # subscription meanwhile, its end comes to the hub before the stream does and is without
+        # effect there. So it is posted again below.
+        self._attaching.add(subscription)
+        try:
+            with self._monitor.lock:
+                self._hub = self._hub or _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
                 hub = self._hub
+            hub.start()
+            with self._monitor.lock:
                 self._detached.add(subscription)
                 self._readers.pop(subscription, None)
                 hub.attach(stream, subscription._detach(stream))
-                if subscription.ended is not None:  # by that signal handler, or since it subscribed
+                if subscription.ended is not None:
                     self._detached.discard(subscription)
                     hub.end(stream, subscription.ended in _MEANT_ENDS)
-            finally:
-                self._is_attaching = False
+        finally:
+            with self._monitor.lock:
+                self._attaching.discard(subscription)
                 self._retire_hub_if_idle()
-        if is_new:  # started after it was assigned: starting yields, and others need the same hub
-            hub.start()
 
     def _retire_hub_if_idle(self) -> None:  # called with the lock held
-        if self._hub is not None and not self._detached and not self._is_attaching:
+        if self._hub is not None and not self._detached and not self._attaching:
             hub, self._hub = self._hub, None
             hub.retire()
 
@@ -1540,7 +1563,7 @@ class EventBouncer:
             stream = subscription._stream
             on_close = subscription._mark_ended(why)
             if on_close is not None:
-                self._monitor.callbacks.call(on_close)
+                _callbacks().call(on_close)
             self._readers.pop(subscription, None)
             if self._hub is not None and stream is not None:
                 self._hub.end(stream, why in _MEANT_ENDS)  # before a signal handler can retire it
@@ -1559,8 +1582,8 @@ class EventBouncer:
     ) -> None:
         with self._monitor.lock:
             self._wait_for_slow_readers(channel)
-            # init_app() may have replaced the reader that this comes from. Both are None without a
-            # relay.
+            # init_app() may have put another reader in place of this one. Without a relay, both are
+            # None.
             if source is not self._relay_reader:
                 return
             if id is None and self._gives_ids and frame is not None:
@@ -1584,7 +1607,7 @@ class EventBouncer:
         with self._monitor.lock:
             if source is not self._relay_reader:
                 return
-            self._history.begin(floor)
+            self._history = _History(self.history, floor)
             for event in events:
                 self._history.keep(event)
             if self.subscribers:
@@ -1615,9 +1638,8 @@ class EventBouncer:
         # a wait that times out uses up one of the looks.
         looks = _LOOKS
         while looks:
-            late = {
-                r: n for r in self._audience(channel) if (n := r._emptied_if_late()) is not None
-            }
+            all_late = ((reader, reader._late()) for reader in self._audience(channel))
+            late = [(reader, since) for reader, since in all_late if since is not None]
             if not late:
                 return
             have_caught_up = functools.partial(_have_caught_up, late)
@@ -1636,14 +1658,8 @@ class EventBouncer:
         if self.relay is None or self._closed:
             return None
         with self._monitor.lock:
-            is_new = self._relay_reader is None
             reader = self._relay_reader = self._relay_reader or _RelayReader(self, self.relay)
-        if is_new:
-            try:
-                _start_thread(reader.run, "sse_bouncer relay")
-            except RuntimeError:
-                self._relay_reader = None  # the next one tries again
-                raise
+        reader.start()
         reader.wait_until_it_has_tried()
         return reader
 
@@ -1653,7 +1669,7 @@ class EventBouncer:
     def _begin_in_child(self) -> None:
         # Threads and clients are the parent's, and a lock that was held would stay locked for ever.
         old = (*self._detached, *self._audience(None))
-        self._begin_in_process()
+        self._reset()
         self._publishes_into_nothing = self.relay is None and bool(old)
         for subscription in old:
             subscription._disown(self._monitor)
@@ -1664,42 +1680,30 @@ _RELAY_METHODS = {"publish", "recent", "read"}
 _bouncers: weakref.WeakSet[EventBouncer] = weakref.WeakSet()
 
 
-class _Callbacks:
-    """The thread that calls what apps gave as ``on_close``, in order. It ends with the last one."""
+class _Callbacks(_OwnThread):
+    """Calls what apps gave as ``on_close``, in order."""
 
-    def __init__(self, lock: threading.RLock) -> None:
-        # Notified by call(), for which the thread waits, and when one has been called. It has the
-        # bouncer's lock, in which a signal handler may end streams.
-        self._changed = threading.Condition(lock)
+    def __init__(self) -> None:
+        super().__init__("sse_bouncer on_close")
         self._due: deque[Callable[[], object]] = deque()
-        self._expected = 0  # how many are still to be called, those of open streams included
-        self._is_running = False
-
-    def expect(self) -> None:
-        """See to it that there is a thread for one more. RuntimeError if there can be none."""
-        with self._changed:
-            self._expected += 1
-            is_running, self._is_running = self._is_running, True
-        if not is_running:
-            try:
-                _start_thread(self._run, "sse_bouncer on_close")
-            except RuntimeError:
-                with self._changed:
-                    self._is_running = False
-                    self._expected -= 1
-                raise
+        # The thread waits, and call() notifies. Its lock is reentrant, because a signal handler may
+        # end streams.
+        self._changed = threading.Condition()
 
     def call(self, on_close: Callable[[], object]) -> None:
         with self._changed:
             self._due.append(on_close)
-            self._changed.notify_all()
+            self._changed.notify()
 
     def wait_until_done(self, timeout: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._expected, timeout)
+        """Wait until everything that is due has been called."""
+        done = threading.Event()
+        self.call(done.set)
+        if self._has_started:
+            done.wait(timeout)
 
     def _run(self) -> None:
-        while self._is_running:
+        while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._due)
                 on_close = self._due.popleft()
@@ -1710,24 +1714,30 @@ class _Callbacks:
             except BaseException:  # also SystemExit and gevent.Timeout: the next ones have to run
                 logger.exception("an on_close function failed: %r", on_close)
             del on_close  # and with it the context of the view
-            with self._changed:  # in one step with the look, or the next one had no thread
-                self._expected -= 1
-                self._is_running = self._expected > 0
-                self._changed.notify_all()
 
 
-class _RelayReader:
-    """What reads a relay for one bouncer, from its first subscriber to its close.
+_process: dict[str, _Callbacks] = {}  # the process's own; a dictionary for its setdefault()
+
+
+def _callbacks() -> _Callbacks:
+    # Made when it is first used, and anew in a forked child, as a bouncer's monitor is.
+    return _process.get("callbacks") or _process.setdefault("callbacks", _Callbacks())
+
+
+class _RelayReader(_OwnThread):
+    """Reads the relay for one bouncer, from its first subscriber to its close.
 
     It holds the bouncer weakly, and ends with it.
     """
 
     def __init__(self, bouncer: EventBouncer, relay: Relay) -> None:
+        super().__init__("sse_bouncer relay")
         self._bouncer = weakref.ref(bouncer)
         self._relay = relay
         self._position: _Id | None = None  # the id of the entry that was read last
         self._is_in_contact = False  # the relay has answered, and has not failed since
-        self._has_tried = threading.Event()  # the relay has been reached, or has failed once
+        self._has_tried = threading.Event()  # set after the first attempt, whatever came of it
+        self._asking = threading.Lock()  # held while the relay is asked, so one query at a time
         self._waits_until = time.monotonic() + _RELAY_WAIT  # so that all wait a second together
 
     def wait_until_it_has_tried(self) -> None:
@@ -1739,51 +1749,56 @@ class _RelayReader:
     def has_yet_to_read(self, id: _Id) -> bool:
         """Return whether the relay has an entry of this id, or a later one, that is still to come.
 
-        An id is a stranger's text, so nobody waits for one that the relay does not have, or cannot
-        be asked about. The relay is asked in a thread of its own, as one that hangs does not fail.
+        An id is a stranger's text, so nobody waits for one that the relay does not have. If the
+        relay hangs, this takes a second, and nobody asks again until it has been read. The query
+        has a thread of its own, because with a client that has no timeout it would never return.
         """
         if self.has_passed(id) or not self._is_in_contact:
             return False
-        answer = queue.SimpleQueue[list[_Entry]]()
+        if not self._asking.acquire(timeout=_RELAY_WAIT):
+            return False
+        newest: list[_Entry] = []
+        has_answered = threading.Event()
 
         def ask() -> None:
-            try:
-                answer.put(self._relay.recent(1))
-            except Exception:  # it is away, as the reader will find
-                answer.put([])
+            with contextlib.suppress(Exception):  # it is away, as the reader will find
+                newest.extend(self._relay.recent(1))
+            has_answered.set()
+            self._asking.release()
 
-        _start_thread(ask, "sse_bouncer relay query")
         try:
-            newest = answer.get(timeout=_RELAY_WAIT)
-        except queue.Empty:
+            _start_thread(ask, "sse_bouncer relay query")
+        except RuntimeError:
+            self._asking.release()
+            raise
+        if not has_answered.wait(_RELAY_WAIT):
             self._is_in_contact = False
-            return False
         return any((_parse_id(entry[0]) or _NO_ID) >= id for entry in newest)
 
-    def run(self) -> None:
-        pause, has_failed = _FIRST_PAUSE, False
+    def _run(self) -> None:
+        pause = _FIRST_PAUSE
         while (bouncer := self._bouncer()) is not None and bouncer._is_read_by(self):
             count = bouncer.history or 1
             del bouncer  # nothing may hold it while the relay is waited for
             began, position = time.monotonic(), self._position
             try:
                 if position is None:
-                    entries = self._relay.recent(count)
+                    found = self._relay.recent(count)
                 else:
-                    entries = self._relay.read(_id_text(position), _READ_TIMEOUT)
+                    found = self._relay.read(_id_text(position), _READ_TIMEOUT)
+                entries = [(id, after, channel, text) for id, after, channel, text in found]
             except Exception as error:
                 self._is_in_contact = False
-                pause = min(2 * pause, _LAST_PAUSE)
-                if not has_failed:
+                if pause == _FIRST_PAUSE:  # it has not failed before
                     what = f"{type(error).__name__}: {error}"
                     logger.warning("the relay cannot be read; trying until it can: %s", what)
-                has_failed = True
+                pause = min(2 * pause, _LAST_PAUSE)
             else:
                 self._is_in_contact = True
                 self._take(entries)
-                pause, has_failed = _FIRST_PAUSE, False
+                pause = _FIRST_PAUSE
             self._has_tried.set()
-            # Nothing was read, and at once: read() has failed, or did not wait.
+            # Pause if nothing was read and the call came back early: it failed, or does not wait.
             if self._position == position and time.monotonic() < began + pause:
                 time.sleep(pause * random.uniform(0.5, 1))
 
@@ -1794,7 +1809,7 @@ class _RelayReader:
             return
         if self._position is None:
             parsed = [each for entry in entries if (each := _parse_entry(entry)) is not None]
-            _, floor = parsed[0] if parsed else (None, _NO_ID)  # the id before the first event's
+            floor = parsed[0][1] if parsed else _NO_ID  # the id before the first event's
             bouncer._restart_history(floor, [event for event, _ in parsed], self)
             self._position = (_parse_id(entries[-1][0]) if entries else None) or _NO_ID
             entries = []
@@ -1844,9 +1859,8 @@ def _parse_entry(entry: _Entry) -> tuple[_Event, _Id] | None:
     return _Event(id, channel, frame), after
 
 
-def _have_caught_up(late: dict[Subscription, int]) -> bool:
-    """Return whether each reader has been emptied again, or has ended."""
-    return all(reader._emptied > n or reader.ended is not None for reader, n in late.items())
+def _have_caught_up(late: list[tuple[Subscription, float]]) -> bool:
+    return all(reader._has_caught_up(since) for reader, since in late)
 
 
 def _check_heartbeat(seconds: Any) -> None:
@@ -1899,7 +1913,7 @@ _NUMBER = re.compile(r"[0-9]{1,15}")
 _UWSGI_OWN = re.compile("https-socket|ssl-socket|gevent|async")  # TLS, or loops, of uWSGI's own
 _HOLDS_WORKER = "a stream goes through the server and holds its worker: "
 _STAND_IN_BUFFER = 1024 * 1024  # bytes of a response's head; the system may allow less
-_HEAD_TIME = 1.0  # seconds after which a head that is larger than that is given up
+_HEAD_TIME = 1.0  # seconds after which a head that does not fit into that buffer is given up
 _STALL_TIME = 30.0  # seconds in which a client has to take 64 KiB from a server
 _REFUSED_RETRY = (5_000, 15_000)  # milliseconds after which refused clients come back, at least
 # A line and no block, so that a browser does not run at once what fails again and again.
@@ -1928,13 +1942,17 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
         in it, such as an sqlite3 connection. When its client leaves, it is closed at its next
         ``yield``; for a slow client it waits. When the process ends, generators get up to 5
         seconds. Without it, the default, a graceful stop waits for them, 30 seconds in gunicorn.
-        There can be 1,000 at a time; more of them, and all on servers that keep their connections,
-        go through the server, as without it, but also in a copy of the view's context.
+        At most 1,000 run at a time. The rest, and all on servers that keep their connections, go
+        through the server, also in a copy of the view's context.
     :raises TypeError: if ``source`` cannot be iterated, or is a text, bytes or a mapping.
     :raises RuntimeError: if a subscription is streamed by another response already.
     """
     if isinstance(source, Subscription):
-        return _subscription_response(source)
+        if source._is_streamed:
+            advice = "make another by subscribe()"
+            raise RuntimeError(_wrong("source", "what nothing streams yet", source, advice))
+        source._is_streamed = True
+        return _respond(_SubscriptionBody(source))
     if isinstance(source, AsyncIterable):
         advice = "write it with def, without async"
         raise TypeError(_wrong("source", "a generator that is not async", source, advice))
@@ -1969,15 +1987,20 @@ def _stream_response(
     seen = bouncer._seen(returning or last_event_id, is_trusted=not returning)
     try:
         if not _has_descriptors_left():
-            bouncer._refuse("a tenth of the descriptors to be free", "fewer (raise ulimit -n)")
+            expected = "a tenth of the descriptors to be free"
+            raise bouncer._refused(expected, "fewer (raise ulimit -n)")
         subscription = bouncer._subscribe(channels, seen, snapshot is not None, is_opening=True)
     except Refused as refused:
         _warn_once(f"clients are told to come back later: {refused}")
-        return _refusal(bouncer._retry or (0, 0))
+        # After some seconds at least: at once would be for ever.
+        low, high = bouncer._retry or (0, 0)
+        low, high = max(low, _REFUSED_RETRY[0]), max(high, _REFUSED_RETRY[1])
+        milliseconds = random.randint(low, high)
+        return _respond([b"retry: %d\n: no room now, come back later\n" % milliseconds])
     try:
         if snapshot is not None and (seen is None or subscription.gap):
             bouncer._add_snapshot(subscription, snapshot)
-        response = _subscription_response(subscription)
+        response = sse_response(subscription)
         if on_close is not None:
             context = contextvars.copy_context()
             bouncer._tell_when_closed(subscription, functools.partial(context.run, on_close))
@@ -1985,20 +2008,6 @@ def _stream_response(
         bouncer.unsubscribe(subscription)
         raise
     return response
-
-
-def _refusal(retry: tuple[int, int]) -> Response:
-    """Tell a client to come back, after some seconds at least: at once would be for ever."""
-    milliseconds = random.randint(*map(max, retry, _REFUSED_RETRY))
-    return _respond([b"retry: %d\n: no room now, come back later\n" % milliseconds])
-
-
-def _subscription_response(subscription: Subscription) -> Response:
-    if subscription._is_streamed:
-        advice = "make another by subscribe()"
-        raise RuntimeError(_wrong("source", "what nothing streams yet", subscription, advice))
-    subscription._is_streamed = True
-    return _respond(_SubscriptionBody(subscription, subscription._bouncer))
 
 
 def _respond(body: Iterable[bytes]) -> Response:
@@ -2034,17 +2043,18 @@ class _Body(abc.ABC):
         self._environ = _environ()
         connection = _connection_of(self._environ)
         self._takeover = _Takeover.of(self._environ, connection) if detach else None
-        # The connection, if its server blocks in sends: then a timeout can be set, and a body can
-        # be broken off without noise, because that server takes a broken pipe for a lost client.
-        waits = connection is not None and connection.waits_for_client
-        self._blocking_socket: Any = connection.socket if connection is not None and waits else None
+        self._blocking_socket = connection.blocking_socket if connection else None
         self._is_detached = False
+        request = self._environ.get("werkzeug.request")
+        self._request: Any = weakref.ref(request) if request is not None else lambda: None
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            # Flask sets this to None when the view and the after_request functions are over. Until
-            # then it is they who read the body, and there is no server to wait for.
-            is_in_view = self._environ.get("werkzeug.request") is not None
+            # Flask's request is in the environ until the view and the after_request functions are
+            # over. So far it is they who read the body, and there is no server to wait for. Later
+            # there may be a request that middleware has made.
+            request = self._environ.get("werkzeug.request")
+            is_in_view = request is not None and request is self._request()
             if self._takeover is not None and not is_in_view and self._takeover.begin():
                 yield self.opening
                 self._is_detached = self._takeover.detach(self)
@@ -2057,18 +2067,22 @@ class _Body(abc.ABC):
                     # Or a client that stops reading would hold this thread for ever.
                     self._blocking_socket.settimeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
                 yield wire
-        except BaseException:  # at once: a traceback would keep a body that has failed
+        except BaseException:  # now: the traceback holds the body, so __del__ would come late
             self.close()
             raise
 
     def close(self) -> None:
-        if self._takeover is not None:
-            self._takeover.close()
-        if not self._is_detached:
-            self.release()
-        if self._blocking_socket is not None:
-            with contextlib.suppress(OSError):  # the server has closed it
-                self._blocking_socket.settimeout(None)
+        # Only once: later the connection may serve another request.
+        blocking_socket, self._blocking_socket = self._blocking_socket, None
+        try:
+            if self._takeover is not None:
+                self._takeover.close()
+            if not self._is_detached:
+                self.release()
+        finally:
+            if blocking_socket is not None:
+                with contextlib.suppress(OSError):  # the server has closed it
+                    blocking_socket.settimeout(None)
 
     __del__ = close
 
@@ -2078,7 +2092,7 @@ class _Body(abc.ABC):
 
     @abc.abstractmethod
     def attach(self, stream: _Stream) -> None:
-        """Have a hub send from now on. Refused or OSError if that cannot be."""
+        """Have a hub send from now on. RuntimeError or OSError if that cannot be."""
 
     @abc.abstractmethod
     def release(self) -> None:
@@ -2088,10 +2102,10 @@ class _Body(abc.ABC):
 class _SubscriptionBody(_Body):
     """The frames of a subscription, and heartbeats."""
 
-    def __init__(self, subscription: Subscription, bouncer: EventBouncer) -> None:
+    def __init__(self, subscription: Subscription) -> None:
+        bouncer = self._bouncer = subscription._bouncer
         super().__init__(bouncer.detach)
         self._subscription = subscription
-        self._bouncer = bouncer
         # A line, not a block, of which several client libraries would make an empty event.
         retry = bouncer._retry
         self.opening = b"retry: %d\n" % random.randint(*retry) if retry else _HEARTBEAT
@@ -2123,7 +2137,7 @@ class _SubscriptionBody(_Body):
 
 # The bouncer whose hub sends what generators yield, each to a channel of its own. It never drops a
 # client, because a generator waits for its client.
-_generators = EventBouncer(sys.maxsize, max_subscribers=_MAX_GENERATORS)
+_generators = EventBouncer(sys.maxsize)
 _numbers = itertools.count()
 _running: set[_GeneratorBody] = set()  # whose threads run
 
@@ -2136,8 +2150,8 @@ class _GeneratorBody(_Body):
         self._source = source
         # Through the server, one that fails at once is answered by the server's own 500.
         self.opening = b"" if self._takeover is None else _HEARTBEAT
-        # The view's context is gone when the generator runs. JSON needs it, to be the app's own. A
-        # generator that asks for a thread gets it, and so it does where there is no such thread.
+        # The view's context is over when the generator runs, so a copy is kept: for the app's JSON,
+        # and for a generator with `detach`, wherever it runs.
         self._in_context = contextvars.copy_context().run
         self._wants_context = detach
 
@@ -2159,7 +2173,7 @@ class _GeneratorBody(_Body):
             for frame in self.frames(items):
                 yield frame.wire
                 has_begun = True
-        except Ended:  # of a subscription that it reads: as if the client had left
+        except Ended:  # from a subscription that it reads: handled as if the client had left
             raise
         except Exception as error:
             if has_begun:
@@ -2170,7 +2184,9 @@ class _GeneratorBody(_Body):
             raise Ended(errno.EPIPE, "its generator has failed") from error
 
     def attach(self, stream: _Stream) -> None:
-        subscription = _generators.subscribe(str(next(_numbers)))  # Refused if there are too many
+        if len(_running) >= _MAX_GENERATORS:
+            raise RuntimeError(f"{_MAX_GENERATORS:,} generators run already")
+        subscription = _generators.subscribe(str(next(_numbers)))
         _generators._attach(subscription, stream)
         _running.add(self)
         try:
@@ -2210,12 +2226,12 @@ class _GeneratorBody(_Body):
             yield item
 
     def _wait_for_client(self, subscription: Subscription, size: int) -> None:
-        """Wait until not more than some frames, of about this size, are still to be sent."""
+        """Wait until at most 16 frames, or 64 KiB of frames of this size, are left to send."""
         most = min(_MOST_PENDING, _BACKLOG // size)
         until = time.monotonic() + _STALL_TIME * (1 + size // _SEND_BUFFER)
         pause = _POLL_INTERVAL
         while subscription._behind() > most and subscription.ended is None:
-            if time.monotonic() > until:  # it has not taken a single frame
+            if time.monotonic() > until:  # its client takes too little
                 _generators._remove(subscription, "dropped")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_POLL)
@@ -2225,8 +2241,9 @@ class _GeneratorBody(_Body):
             self.release()
         except Exception:
             logger.exception("a generator failed when it was closed")
-        _generators._remove(subscription, why)
-        _running.discard(self)
+        finally:  # also if it raises SystemExit
+            _generators._remove(subscription, why)
+            _running.discard(self)
 
 
 class _Connection(NamedTuple):
@@ -2234,7 +2251,13 @@ class _Connection(NamedTuple):
 
     socket: Any  # the server's own object; None if the server gives only the descriptor
     descriptor: int
-    waits_for_client: bool  # the server's sends block; it takes a broken pipe for a lost client
+    # The same object, if the server's sends block. Then a timeout can be set, and a body can be
+    # broken off without noise, because such a server takes a broken pipe for a lost client.
+    blocking_socket: Any
+
+    def is_open(self) -> bool:
+        """Return whether the server still has it. If not, another client may have its number."""
+        return self.socket is None or self.socket.fileno() == self.descriptor
 
 
 def _connection_of(environ: Mapping[str, Any]) -> _Connection | None:
@@ -2255,10 +2278,11 @@ def _connection_of(environ: Mapping[str, Any]) -> _Connection | None:
         elif connection is None and environ.get("SERVER_SOFTWARE", "").startswith("gevent/"):
             connection = environ["wsgi.input"].rfile.raw._sock
         elif connection is None and "uwsgi.version" in environ:
-            return _Connection(None, sys.modules["uwsgi"].connection_fd(), False)
+            return _Connection(None, sys.modules["uwsgi"].connection_fd(), None)
         if connection is None:
             return None
-        return _Connection(connection, connection.fileno(), connection.gettimeout() is None)
+        blocking = connection if connection.gettimeout() is None else None
+        return _Connection(connection, connection.fileno(), blocking)
     except (AttributeError, KeyError) as error:
         _warn_once(f"{_HOLDS_WORKER}its connection is not where it used to be ({error!r})")
         return None
@@ -2311,12 +2335,15 @@ class _Takeover:
         """Put the stand-in into place. Return whether there were descriptors for it."""
         try:
             with contextlib.ExitStack() as opened:
+                if not self._connection.is_open():
+                    raise OSError("its server has closed the connection")
+                # The mode belongs to the open file, not to the descriptor. It is read first, as a
+                # socket object changes it where the app has called socket.setdefaulttimeout().
+                self._was_blocking = os.get_blocking(self._connection.descriptor)
                 self._client = opened.enter_context(_socket_of(os.dup(self._connection.descriptor)))
                 self._ours, stand_in = map(opened.enter_context, socket.socketpair())
                 self._ours.setblocking(False)
                 stand_in.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _STAND_IN_BUFFER)
-                # The mode belongs to the open file, not to the descriptor.
-                self._was_blocking = os.get_blocking(self._client.fileno())
                 os.set_blocking(stand_in.fileno(), self._was_blocking)
                 os.dup2(stand_in.fileno(), self._connection.descriptor, inheritable=False)
                 stand_in.close()
@@ -2325,9 +2352,9 @@ class _Takeover:
             _warn_once(f"{_HOLDS_WORKER}{error}")
             return False
         self._is_begun = True
-        if self._connection.waits_for_client:
+        if self._connection.blocking_socket is not None:
             # Then a head that is larger than the stand-in's buffer is an error, and no wait.
-            self._connection.socket.settimeout(_HEAD_TIME)
+            self._connection.blocking_socket.settimeout(_HEAD_TIME)
         return True
 
     def detach(self, body: _Body) -> bool:
@@ -2355,7 +2382,7 @@ class _Takeover:
         descriptor = self._client.detach()
         try:
             body.attach(_Stream(descriptor, framing, self._input_left, deque([head])))
-        except (Refused, OSError) as error:  # too many generators, or no descriptor for a hub
+        except (RuntimeError, OSError) as error:  # Refused; no thread or descriptor for a hub
             self._client = _socket_of(descriptor)
             _warn_once(f"{_HOLDS_WORKER}{error}")
             return False
@@ -2377,11 +2404,10 @@ class _Takeover:
                 self._client.sendall(written)
             finally:
                 os.set_blocking(self._client.fileno(), self._was_blocking)
-                # If the server has closed it, another client may have its number.
-                if server.socket is None or server.socket.fileno() == server.descriptor:
+                if server.is_open():
                     os.dup2(self._client.fileno(), server.descriptor, inheritable=False)
-                if server.socket is not None and server.waits_for_client:
-                    server.socket.settimeout(None)
+                if server.blocking_socket is not None:
+                    server.blocking_socket.settimeout(None)
 
 
 def _head_and_framing(
@@ -2402,7 +2428,7 @@ def _head_and_framing(
             _warn_once(f"{_HOLDS_WORKER}its server or middleware sent {what}")
         return None
     if is_chunked and is_http_1_0:  # the development server's mistake: that client knows no chunks
-        return _CHUNKED.sub(b"", head) + b"\r\n\r\n" + opening, _as_it_is
+        head, body, is_chunked = _CHUNKED.sub(b"", head), opening, False
     head = _CONNECTION.sub(b"", head) + b"\r\nConnection: close"
     return head + b"\r\n\r\n" + body, _as_chunk if is_chunked else _as_it_is
 
@@ -2439,12 +2465,12 @@ def _has_descriptors_left() -> bool:
 
 def _begin_in_child() -> None:
     gevent: Any = sys.modules.get("gevent")
-    for greenlet in list(_greenlets):  # which survive a fork, as threads do not
+    for greenlet in list(_greenlets):  # greenlets survive a fork; threads do not
         if isinstance(greenlet, gevent.Greenlet):
             gevent.kill(greenlet, _Forked)
     for hub in _hubs:
         hub.close_in_child()
-    for started in (_greenlets, _hubs, _running):
+    for started in (_greenlets, _hubs, _running, _process):
         started.clear()
     for bouncer in list(_bouncers):
         bouncer._begin_in_child()
@@ -2456,13 +2482,11 @@ if hasattr(os, "register_at_fork"):
 
 @atexit.register
 def _end_at_exit() -> None:
-    bouncers = list(_bouncers)  # also `_generators`, whose generators may read from the others
-    for bouncer in bouncers:
+    # `_generators` too. Generators that read a subscription of another bouncer end with that.
+    for bouncer in list(_bouncers):
         bouncer.close()
     for started, seconds in (_running, _GENERATOR_EXIT_TIME), (_hubs, _EXIT_TIME):
         until = time.monotonic() + seconds
         while started and time.monotonic() < until:
             time.sleep(_POLL_INTERVAL)
-    until = time.monotonic() + _EXIT_TIME
-    for bouncer in bouncers:
-        bouncer._monitor.callbacks.wait_until_done(until - time.monotonic())
+    _callbacks().wait_until_done(_EXIT_TIME)
