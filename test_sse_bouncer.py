@@ -2853,6 +2853,8 @@ def test_takeover_of_more_than_a_thousand_generators_leaves_them_to_the_server()
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_takeover_of_a_generator_that_exits_when_it_is_closed_ends_the_stream() -> None:
+    threads = {*threading.enumerate()}
+
     class Source(list[str]):
         def close(self) -> None:
             raise SystemExit
@@ -2861,6 +2863,7 @@ def test_takeover_of_a_generator_that_exits_when_it_is_closed_ends_the_stream() 
         offer.detach()
         with offer.client.makefile("rb") as received:
             assert received.read().endswith(b"data: a\n\ndata: b\n\n")
+    wait_until(lambda: {*threading.enumerate()} <= threads, "its thread ends")
 
 
 def test_takeover_of_a_connection_that_its_server_has_closed_harms_no_other() -> None:
