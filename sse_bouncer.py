@@ -2332,11 +2332,11 @@ class _Takeover:
         return cls(connection, environ)
 
     def begin(self) -> bool:
-        """Put the stand-in into place. Return whether there were descriptors for it."""
+        """Put the stand-in into place. Return whether that was possible."""
+        if not self._connection.is_open():
+            return False
         try:
             with contextlib.ExitStack() as opened:
-                if not self._connection.is_open():
-                    raise OSError("its server has closed the connection")
                 # The mode belongs to the open file, not to the descriptor. It is read first, as a
                 # socket object changes it where the app has called socket.setdefaulttimeout().
                 self._was_blocking = os.get_blocking(self._connection.descriptor)
