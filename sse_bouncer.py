@@ -1477,7 +1477,6 @@ class EventBouncer:
             if seen is not None:
                 self._replay_to(subscription, seen, wants_snapshot)
             self._readers[subscription] = None
-            self._publishes_into_nothing = False
             if self._closed:  # by a signal handler, since the look above
                 self._remove(subscription, "closed")
         if subscription.gap:

@@ -1903,6 +1903,19 @@ def test_fan_out_one_warning_hides_no_other(caplog: pytest.LogCaptureFixture) ->
     assert 2 == caplog.text.count("come back later")
 
 
+def test_fan_out_refuses_who_comes_when_no_descriptor_is_left() -> None:
+    limits, bouncer = resource.getrlimit(resource.RLIMIT_NOFILE), EventBouncer()
+    body_of(app_of(bouncer.stream)).close()  # which imports what it needs
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        body_of(app_of(bouncer.stream)).close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert 1 == bouncer.stats()["refused"]
+
+
 def test_fan_out_subscription_that_is_streamed_cannot_be_read() -> None:
     """Nor be left by a with block before its stream begins: errors, and no wait for ever."""
     bouncer = EventBouncer()
@@ -2127,6 +2140,16 @@ def test_hub_burst_drops_nobody_who_keeps_up(server: Server) -> None:
         assert [*range(3_000)] == list(
             map(int, re.findall(rb"^data: +(\d+)\n", reader.result(), re.M))
         )
+    assert 0 == bouncer.stats()["dropped"]
+
+
+@development
+def test_hub_client_that_catches_up_within_a_second_stays(server: Server) -> None:
+    bouncer = Remote(server, maxsize=1, heartbeat=0.4)
+    client = bouncer.client(receive_buffer=4096)
+    bouncer.broadcast(*(str(number).rjust(65536) for number in range(20)))
+    assert list(range(20)) == list(map(int, client.datas(20)))
+    client.wait_for_beats(4)
     assert 0 == bouncer.stats()["dropped"]
 
 
