@@ -801,8 +801,8 @@ class _Hub(_OwnThread):
             for stream in self._groups.get((framing, name), ()):
                 alike.setdefault(stream.channels, {})[stream] = None
         for channels, streams in alike.items():
+            # Their places put them back into the order in which they were posted.
             mine = sorted(itertools.chain(*(by_name.get(name, ()) for name in (None, *channels))))
-            # They are back in the order in which they were posted.
             self._send_to(list(streams), [wire for _, wire in mine])
         # Then all others, which get only what is for everyone.
         if to_all := by_name.get(None):
@@ -2405,8 +2405,8 @@ class _Takeover:
                 os.set_blocking(self._client.fileno(), self._was_blocking)
                 if server.is_open():
                     os.dup2(self._client.fileno(), server.descriptor, inheritable=False)
-                if server.blocking_socket is not None:
-                    server.blocking_socket.settimeout(None)
+                    if server.blocking_socket is not None:
+                        server.blocking_socket.settimeout(None)
 
 
 def _head_and_framing(
