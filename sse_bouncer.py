@@ -60,7 +60,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from flask import Flask, Response
@@ -253,12 +253,11 @@ def _lines(text: str) -> list[str]:
 
 def _check_text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(_wrong(name, "text", value, "use str(...)"))
+        raise TypeError(_wrong(name, "one text", value, "use str(...)"))
     try:
         value.encode()
     except UnicodeEncodeError:
-        advice = "use text.encode(errors='replace')"
-        raise ValueError(_wrong(name, "text without lone surrogates", value, advice)) from None
+        raise ValueError(_wrong(name, "text without surrogates", value, "replace them")) from None
     return str.__str__(value)  # of a member of an enumeration, its text
 
 
@@ -278,7 +277,7 @@ def _data_text(data: object) -> str:
     if text.endswith("\n\n") and _FRAMED_BY_HAND.match(text):
         _warn_once(
             "data that looks like a frame is sent as data, so clients get its field names too; "
-            "give the bare data, or Frame(text) if a frame is meant. Got ",
+            "give the bare data, or Frame(text): ",
             repr(text),
         )
     return text
@@ -294,8 +293,7 @@ def _json_text(data: object, dumps: Callable[[object], str | bytes]) -> str:
         return text
     except (TypeError, ValueError, RecursionError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        expected = "text, bytes in UTF-8 or what JSON can hold"
-        raise kind(_wrong("data", expected, data, f"convert it first ({error})")) from error
+        raise kind(_wrong("data", "text, UTF-8 or JSON", data, f"convert it ({error})")) from error
 
 
 def _refuse_constant(name: str) -> None:
@@ -344,7 +342,7 @@ def _id_text(id: _Id) -> str:
 
 
 class _Event(NamedTuple):
-    id: _Id
+    id: _Id  # _NO_ID if the bouncer is still to give it one, or gives none
     channel: str | None  # None is everyone
     frame: Frame | None  # with the id; None ends the streams of the channel
 
@@ -421,6 +419,7 @@ _OLD_REDIS_PY = re.compile(r"[0-3]\.|4\.[0-3]\.")  # versions before 4.4
 _Entry = tuple[str, str, str | None, str | None]  # see Relay
 
 
+@runtime_checkable
 class Relay(Protocol):
     """What carries events between processes. Any object with these three methods is one.
 
@@ -475,7 +474,7 @@ class RedisRelay:
     def __init__(self, client: Any, key: str = "sse", maxlen: int = 10_000) -> None:
         is_async = inspect.iscoroutinefunction(getattr(client, "execute_command", None))
         if not hasattr(client, "eval") or is_async or _is_old_redis_py(client):
-            expected = "a client of redis-py 4.4 or later that is not for asyncio"
+            expected = "redis-py's from 4.4 on, but not the one for asyncio"
             raise TypeError(_wrong("client", expected, client, "use RedisRelay.from_url(...)"))
         self.key = _check_text("key", key)
         self.maxlen = _check_integer("maxlen", maxlen, 1)
@@ -1019,24 +1018,20 @@ class Subscription:
 
     channels: tuple[str, ...]
     maxsize: int  #: How many frames its reader may fall behind.
-    _bouncer: EventBouncer
-    _monitor: _Monitor  # the bouncer's, which guards everything in here
+    _bouncer: EventBouncer  # whose lock guards everything in here
     _begins_after: _Id  # the id of the newest event from before it
     _is_opening: bool  # its server has not begun to send it; until then no publisher waits for it
+    # How many frames it may hold: maxsize, and until it has been empty once, also room for the
+    # missed events, the snapshot and what came before its server began to send.
+    _limit: int
     gap: bool = False  #: Whether something it asked for is no longer kept; see `subscribe`.
     ended: str | None = None  #: Why it has ended; None while it is live.
     _frames: deque[Frame] = dataclasses.field(default_factory=deque)
-    # How many frames it may hold: maxsize, and until it has been empty once, also room for the
-    # missed events, the snapshot and what came before its server began to send.
-    _limit: int = dataclasses.field(init=False)
     _late_since: float | None = None  # when a broadcast found it full; None once it has been empty
     _ready: threading.Condition | None = None  # its reader waits, and _put and _mark_ended notify
     _is_streamed: bool = False  # a response streams it
     _stream: _Stream | None = None  # the client's, once it is detached
     _on_close: Callable[[], object] | None = None
-
-    def __post_init__(self) -> None:
-        self._limit = self.maxsize + (_OPENING_ROOM if self._is_opening else 0)
 
     def __repr__(self) -> str:
         names = ", ".join(map(repr, self.channels)) or "no channel"
@@ -1055,12 +1050,12 @@ class Subscription:
         if timeout is not None and not timeout >= 0:
             raise ValueError(_wrong("timeout", "seconds >= 0", timeout, "use None for ever"))
         until = math.inf if timeout is None else time.monotonic() + timeout
-        with self._monitor.lock:
-            self._ready = self._ready or threading.Condition(self._monitor.lock)
+        lock = self._bouncer._monitor.lock
+        with lock:
+            self._ready = self._ready or threading.Condition(lock)
             while True:
                 if self._stream is not None:
-                    expected = "a subscription that no client gets"
-                    raise RuntimeError(_wrong("get", expected, self, "make another by subscribe()"))
+                    raise RuntimeError(_wrong("get", "a reader", self, "its client has its frames"))
                 if self._frames:
                     return self._take()
                 if self.ended is not None:
@@ -1100,12 +1095,12 @@ class Subscription:
         ends_a_stream = self._is_streamed and self.ended is None
         self._bouncer.unsubscribe(self)
         if ends_a_stream and error is None:
-            advice = "it is streamed after the block, so return sse_response() without one"
+            advice = "return sse_response(...) without a block: it is streamed later"
             raise RuntimeError(_wrong("with", "a subscription that is read in it", self, advice))
 
     def _begin(self) -> None:
         """Begin as a stream through the server: what it holds by now does not count."""
-        with self._monitor.lock:
+        with self._bouncer._monitor.lock:
             self._is_opening = False
             self._limit = self.maxsize + len(self._frames)
 
@@ -1137,7 +1132,7 @@ class Subscription:
         if not self._frames:
             self._limit = self.maxsize
             self._late_since = None
-            self._monitor.changed.notify_all()
+            self._bouncer._monitor.changed.notify_all()
         return frame
 
     def _wake_reader(self) -> None:
@@ -1170,9 +1165,9 @@ class Subscription:
         on_close, self._on_close = self._on_close, None
         return on_close
 
-    def _disown(self, monitor: _Monitor) -> None:
+    def _disown(self) -> None:
         """End it in a forked child, where the parent's lock may be held for ever."""
-        self._monitor, self._ready, self._on_close = monitor, None, None
+        self._ready = self._on_close = None
         self.ended = self.ended or "it belongs to the process that this one was forked from"
 
 
@@ -1213,7 +1208,8 @@ class EventBouncer:
         _check_integer("history", self.history, 0)
         if self.max_subscribers is not None:
             _check_integer("max_subscribers", self.max_subscribers, 1)
-        _check_heartbeat(self.heartbeat)
+        if self.heartbeat is not None:
+            _check_heartbeat(self.heartbeat)
         if not isinstance(self.detach, bool):  # text from the environment, perhaps
             raise TypeError(_wrong("detach", "True or False", self.detach, "in JSON: true, false"))
         name = self.heartbeat_event
@@ -1221,9 +1217,8 @@ class EventBouncer:
             raise ValueError(_wrong("heartbeat_event", "a name", name, "use None for the comment"))
         self._heartbeat_wire = _HEARTBEAT if name is None else format_sse("", name).wire
         self._retry = _retry_range(self.retry)
-        if self.relay is not None and not _RELAY_METHODS <= {*dir(self.relay)}:
-            expected = f"an object with {', '.join(sorted(_RELAY_METHODS))}"
-            raise TypeError(_wrong("relay", expected, self.relay, "use RedisRelay(client)"))
+        if not isinstance(self.relay, Relay | None):
+            raise TypeError(_wrong("relay", "a Relay", self.relay, "use RedisRelay(client)"))
         self._given = {name: getattr(self, name) for name in _SETTINGS}
         self._dumps: Callable[[object], str | bytes] | None = None  # None: see format_sse()
         self._gives_ids = self.history > 0 or self.relay is not None
@@ -1249,8 +1244,7 @@ class EventBouncer:
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _SETTINGS and name in self.__dict__:
-            advice = "give it to EventBouncer(...) or init_app(app)"
-            raise AttributeError(_wrong(name, "to be left as it is", value, advice))
+            raise AttributeError(_wrong(name, "no other value", value, "use init_app(app)"))
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -1267,9 +1261,10 @@ class EventBouncer:
 
         ``SSE_MAXSIZE``, ``SSE_HISTORY``, ``SSE_HEARTBEAT``, ``SSE_HEARTBEAT_EVENT``, ``SSE_RETRY``,
         ``SSE_MAX_SUBSCRIBERS``, ``SSE_RELAY`` and ``SSE_DETACH`` of ``app.config`` are the
-        parameters of the constructor, whose values are the defaults. ``SSE_REDIS_URL`` makes a
-        `RedisRelay`, with the key ``sse:`` and the app's import name. From now on JSON is made by
-        this app's provider, also in threads and jobs. ``app.extensions["sse_bouncer"]`` is this.
+        parameters of the constructor, whose values are the defaults. ``SSE_REDIS_URL`` makes the
+        relay, a `RedisRelay` with the key ``sse:`` and the app's import name. From now on JSON is
+        made by this app's provider, also in threads and jobs. ``app.extensions["sse_bouncer"]`` is
+        this.
 
         :raises TypeError, ValueError: as the constructor does; nothing is changed.
         :raises RuntimeError: while there are subscribers.
@@ -1277,16 +1272,12 @@ class EventBouncer:
         given, config = self._given, app.config
         settings = {name: config.get(f"SSE_{name.upper()}", given[name]) for name in given}
         if config.get("SSE_REDIS_URL") is not None:
-            if config.get("SSE_RELAY") is not None:
-                relay, advice = config["SSE_RELAY"], "leave one of them out"
-                raise ValueError(_wrong("SSE_REDIS_URL", "no SSE_RELAY beside it", relay, advice))
             key = f"sse:{app.import_name}"
             settings["relay"] = RedisRelay.from_url(config["SSE_REDIS_URL"], key)
         fresh = EventBouncer(**settings)
         with self._monitor.lock:  # nobody subscribes between the look and the update
             if count := len(self.subscribers):
-                advice = "call it before the app is served"
-                raise RuntimeError(_wrong("init_app", "no subscribers", count, advice))
+                raise RuntimeError(_wrong("init_app", "no subscribers", count, "call it earlier"))
             new = {**vars(fresh), "_given": given, "_dumps": lambda data: app.json.dumps(data)}
             self.__dict__.update(new)
         app.extensions["sse_bouncer"] = self
@@ -1302,7 +1293,8 @@ class EventBouncer:
             the default, and ``""`` begin with what is broadcast from now on.
         :raises Refused: if there are ``max_subscribers`` already, or after `close`.
         """
-        return self._subscribe(channels, self._seen(last_event_id, is_trusted=True))
+        seen = self._seen(last_event_id, is_trusted=True)
+        return self._subscribe(channels, seen, wants_snapshot=False, is_opening=False)
 
     def broadcast(
         self,
@@ -1326,20 +1318,16 @@ class EventBouncer:
         :raises TypeError, ValueError: as `format_sse` does; nothing is sent.
         """
         if event == "gap":
-            expected = "another name than that of the bouncer's own event"
-            raise ValueError(_wrong("event", expected, event, "send a new state as 'snapshot'"))
+            raise ValueError(_wrong("event", "your own name", event, "name a state 'snapshot'"))
         frame = self._format(msg, event, id, retry)
         if channel is not None:
             _check_channel(channel)
         if self._publishes_into_nothing:
-            _warn_once(
-                "a broadcast in a forked process reaches no stream of its parent; "
-                "connect the processes by a RedisRelay"
-            )
+            _warn_once("a forked process reaches no stream of its parent; use a RedisRelay")
         if self.relay is not None:
             self.relay.publish(channel, str(frame))
         else:
-            self._deliver(channel, frame)
+            self._deliver(_Event(_NO_ID, channel, frame))
 
     def stream(
         self,
@@ -1375,8 +1363,7 @@ class EventBouncer:
     def unsubscribe(self, subscription: Subscription) -> None:
         """End one subscription; what it holds is still delivered. A second call has no effect."""
         if subscription._bouncer is not self:
-            advice = "call unsubscribe() of its own"
-            raise ValueError(_wrong("subscription", "one of this bouncer", subscription, advice))
+            raise ValueError(_wrong("subscription", "its own", subscription, "ask its bouncer"))
         self._remove(subscription, "unsubscribed")
 
     def disconnect(self, *channels: str) -> None:
@@ -1440,8 +1427,7 @@ class EventBouncer:
             data = _json_text(data, self._dumps)
         frame = format_sse(data, event, id=id, retry=retry)
         if self._gives_ids and frame.has_id:
-            advice = "leave it out, or history and relay"
-            raise ValueError(_wrong("id", "none beside the bouncer's own", str(frame), advice))
+            raise ValueError(_wrong("id", "the bouncer's own", str(frame), "leave it out"))
         return frame
 
     def _seen(self, last_event_id: str | None, is_trusted: bool) -> _Id | None:
@@ -1453,11 +1439,7 @@ class EventBouncer:
         return _parse_id(last_event_id) or _FOREIGN_ID
 
     def _subscribe(
-        self,
-        channels: Iterable[str],
-        seen: _Id | None,
-        wants_snapshot: bool = False,
-        is_opening: bool = False,
+        self, channels: Iterable[str], seen: _Id | None, wants_snapshot: bool, is_opening: bool
     ) -> Subscription:
         names = tuple(dict.fromkeys(_check_channel(name) for name in channels))
         reader = self._start_relay_reader()
@@ -1470,10 +1452,9 @@ class EventBouncer:
                 raise self._refused("an open bouncer", "a closed one")
             if count >= (self.max_subscribers or math.inf):
                 raise self._refused(f"fewer than {self.max_subscribers} subscribers", "as many")
+            limit = self.maxsize + (_OPENING_ROOM if is_opening else 0)
             newest = self._history.newest
-            subscription = Subscription(
-                names, self.maxsize, self, self._monitor, newest, is_opening
-            )
+            subscription = Subscription(names, self.maxsize, self, newest, is_opening, limit)
             if seen is not None:
                 self._replay_to(subscription, seen, wants_snapshot)
             self._readers[subscription] = None
@@ -1572,23 +1553,18 @@ class EventBouncer:
 
     # What delivers events. The relay's reader calls the first two.
 
-    def _deliver(
-        self,
-        channel: str | None,
-        frame: Frame | None,
-        id: _Id | None = None,
-        source: _RelayReader | None = None,
-    ) -> None:
+    def _deliver(self, event: _Event, source: _RelayReader | None = None) -> None:
+        id, channel, frame = event
         with self._monitor.lock:
             self._wait_for_slow_readers(channel)
             # init_app() may have put another reader in place of this one. Without a relay, both are
             # None.
             if source is not self._relay_reader:
                 return
-            if id is None and self._gives_ids and frame is not None:
+            if source is None and frame is not None and self._gives_ids:
                 id = (self._history.newest[0], self._history.newest[1] + 1)
                 frame = _with_id(frame, _id_text(id))
-            if id is not None:
+            if self._gives_ids:
                 self._history.keep(_Event(id, channel, frame))
             if frame is None:  # the end of the channel's streams
                 self._disconnect({channel})
@@ -1671,11 +1647,10 @@ class EventBouncer:
         self._reset()
         self._publishes_into_nothing = self.relay is None and bool(old)
         for subscription in old:
-            subscription._disown(self._monitor)
+            subscription._disown()
 
 
 _SETTINGS = [field.name for field in dataclasses.fields(EventBouncer)]
-_RELAY_METHODS = {"publish", "recent", "read"}
 _bouncers: weakref.WeakSet[EventBouncer] = weakref.WeakSet()
 
 
@@ -1829,7 +1804,7 @@ class _RelayReader(_OwnThread):
         if after != position:
             logger.warning("events were lost in the relay before this process read them")
             bouncer._restart_history(_floor_after_loss(event.id, after, position), [], self)
-        bouncer._deliver(event.channel, event.frame, event.id, self)
+        bouncer._deliver(event, self)
 
 
 def _floor_after_loss(id: _Id, after: _Id, position: _Id) -> _Id:
@@ -1863,13 +1838,10 @@ def _have_caught_up(late: list[tuple[Subscription, float]]) -> bool:
 
 
 def _check_heartbeat(seconds: Any) -> None:
-    if seconds is None:
-        return
     if not isinstance(seconds, int | float) or isinstance(seconds, bool):
-        raise TypeError(_wrong("heartbeat", "a number of seconds", seconds, "use None for never"))
+        raise TypeError(_wrong("heartbeat", "seconds", seconds, "use None for never"))
     if not _MIN_HEARTBEAT <= seconds <= _MAX_HEARTBEAT:
-        expected = f"{_MIN_HEARTBEAT} to {_MAX_HEARTBEAT:,.0f} seconds"
-        raise ValueError(_wrong("heartbeat", expected, seconds, "use None for never"))
+        raise ValueError(_wrong("heartbeat", "0.001 to 86,400", seconds, "use None for never"))
 
 
 def _retry_range(retry: Any) -> tuple[int, int] | None:
@@ -1879,15 +1851,12 @@ def _retry_range(retry: Any) -> tuple[int, int] | None:
     pair = retry if isinstance(retry, tuple | list) else (retry, retry)
     numbers = [_check_integer("retry", number, 0) for number in pair]
     if len(numbers) != 2 or numbers[0] > numbers[1]:
-        expected = "one number, or two from low to high"
-        raise ValueError(_wrong("retry", expected, retry, "give milliseconds"))
+        raise ValueError(_wrong("retry", "one, or low and high", retry, "give milliseconds"))
     return numbers[0], numbers[1]
 
 
 def _check_channel(name: Any) -> str:
-    if not isinstance(name, str):
-        raise TypeError(_wrong("channel", "one name", name, "give each as a text of its own"))
-    if not name:
+    if name == "":
         raise ValueError(_wrong("channel", "a name", name, "leave it out for everyone"))
     return _check_text("channel", name)
 
@@ -1922,6 +1891,7 @@ _GENERATOR_EXIT_TIME = 5.0  # seconds that generators get when the process ends
 _MOST_PENDING = 16  # frames that may wait for a client before its generator does
 _LONGEST_POLL = 0.02  # seconds between looks of a generator that waits for its client
 _NO_ITEM = object()
+_Call = Callable[[], object] | None  # what an app gives to be called
 
 
 def sse_response(source: Iterable[object] | Subscription, *, detach: bool = False) -> Response:
@@ -1948,54 +1918,40 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
     """
     if isinstance(source, Subscription):
         if source._is_streamed:
-            advice = "make another by subscribe()"
-            raise RuntimeError(_wrong("source", "what nothing streams yet", source, advice))
+            raise RuntimeError(_wrong("source", "an unstreamed one", source, "subscribe anew"))
         source._is_streamed = True
         return _respond(_SubscriptionBody(source))
     if isinstance(source, AsyncIterable):
-        advice = "write it with def, without async"
-        raise TypeError(_wrong("source", "a generator that is not async", source, advice))
+        raise TypeError(_wrong("source", "what is not async", source, "define it without async"))
     if isinstance(source, str | bytes | bytearray | Mapping) or not isinstance(source, Iterable):
-        advice = "put one item into a list"
-        raise TypeError(_wrong("source", "items or a Subscription", source, advice))
+        raise TypeError(_wrong("source", "items or a Subscription", source, "put it into a list"))
     return _respond(_GeneratorBody(source, detach))
 
 
 def _stream_response(
-    bouncer: EventBouncer,
-    channels: tuple[str, ...],
-    last_event_id: str | None,
-    snapshot: Callable[[], object] | None,
-    on_close: Callable[[], object] | None,
+    bouncer: EventBouncer, names: Iterable[str], last: str | None, snapshot: _Call, on_close: _Call
 ) -> Response:
     from flask import request
 
-    if snapshot is not None and last_event_id == "earliest":
-        expected = "an id beside a snapshot, which answers the same question"
-        raise ValueError(_wrong("last_event_id", expected, last_event_id, "give one of the two"))
+    if snapshot is not None and last == "earliest":
+        raise ValueError(_wrong("last_event_id", "an id beside a snapshot", last, "leave it out"))
     if request.environ.get("wsgi.multiprocess") and bouncer.relay is None:
-        _warn_once(
-            "the server runs several processes, and each broadcasts to its own subscribers only; "
-            "run one (a stream needs no worker), or connect them by a RedisRelay"
-        )
+        _warn_once("of several processes each reaches its own subscribers only; use a RedisRelay")
     if request.method == "HEAD":
         return _respond(())
     # A client that comes back knows best. The query parameter is event-source-polyfill's. Only the
     # view may ask for everything that is kept.
     returning = request.headers.get("Last-Event-ID") or request.args.get("lastEventId")
-    seen = bouncer._seen(returning or last_event_id, is_trusted=not returning)
+    seen = bouncer._seen(returning or last, is_trusted=not returning)
     try:
         if not _has_descriptors_left():
-            expected = "a tenth of the descriptors to be free"
-            raise bouncer._refused(expected, "fewer (raise ulimit -n)")
-        subscription = bouncer._subscribe(channels, seen, snapshot is not None, is_opening=True)
+            raise bouncer._refused("a tenth of the descriptors to be free", "less; see ulimit -n")
+        subscription = bouncer._subscribe(names, seen, snapshot is not None, is_opening=True)
     except Refused as refused:
         _warn_once(f"clients are told to come back later: {refused}")
         # After some seconds at least: at once would be for ever.
-        low, high = bouncer._retry or (0, 0)
-        low, high = max(low, _REFUSED_RETRY[0]), max(high, _REFUSED_RETRY[1])
-        milliseconds = random.randint(low, high)
-        return _respond([b"retry: %d\n: no room now, come back later\n" % milliseconds])
+        retry = max(random.randint(*_REFUSED_RETRY), random.randint(*bouncer._retry or (0, 0)))
+        return _respond([b"retry: %d\n: no room now, come back later\n" % retry])
     try:
         if snapshot is not None and (seen is None or subscription.gap):
             bouncer._add_snapshot(subscription, snapshot)
@@ -2117,9 +2073,7 @@ class _SubscriptionBody(_Body):
                 yield self._subscription.get(timeout=timeout).wire
             except queue.Empty:
                 if is_in_view:
-                    given = "an after_request function, or a view, that waits for its end"
-                    advice = "leave responses of the type text/event-stream alone"
-                    raise RuntimeError(_wrong("stream", "a client", given, advice)) from None
+                    raise RuntimeError("a stream has no end: leave it to the server") from None
                 yield self._bouncer._heartbeat_wire
             except Ended:
                 is_meant = self._subscription.ended in _MEANT_ENDS
