@@ -2005,19 +2005,14 @@ class _Body(abc.ABC):
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            # Flask's request is in the environ until the view and the after_request functions are
-            # over. So far it is they who read the body, and there is no server to wait for. Later
-            # there may be a request that middleware has made.
-            request = self._environ.get("werkzeug.request")
-            is_in_view = request is not None and request is self._request()
-            if self._takeover is not None and not is_in_view and self._takeover.begin():
+            if self._takeover is not None and not self._is_in_view() and self._takeover.begin():
                 yield self.opening
                 self._is_detached = self._takeover.detach(self)
                 if self._is_detached:
                     return
             elif self.opening:
                 yield self.opening
-            for wire in self.served(is_in_view):
+            for wire in self.served():
                 if self._blocking_socket is not None:
                     # Or a client that stops reading would hold this thread for ever.
                     self._blocking_socket.settimeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
@@ -2041,8 +2036,15 @@ class _Body(abc.ABC):
 
     __del__ = close
 
+    def _is_in_view(self) -> bool:
+        """Return whether a view or an after_request function reads the body, and no server."""
+        # Flask's request is in the environ until they are over. Later there may be a request that
+        # middleware has made.
+        request = self._environ.get("werkzeug.request")
+        return request is not None and request is self._request()
+
     @abc.abstractmethod
-    def served(self, is_in_view: bool) -> Iterator[bytes]:
+    def served(self) -> Iterator[bytes]:
         """Yield what goes through the server, after the opening."""
 
     @abc.abstractmethod
@@ -2065,15 +2067,14 @@ class _SubscriptionBody(_Body):
         retry = bouncer._retry
         self.opening = b"retry: %d\n" % random.randint(*retry) if retry else _HEARTBEAT
 
-    def served(self, is_in_view: bool) -> Iterator[bytes]:
+    def served(self) -> Iterator[bytes]:
+        if self._is_in_view():
+            raise RuntimeError("a stream has no end: leave its body to the server")
         self._subscription._begin()
-        timeout = 0.0 if is_in_view else self._bouncer.heartbeat
         while True:
             try:
-                yield self._subscription.get(timeout=timeout).wire
+                yield self._subscription.get(timeout=self._bouncer.heartbeat).wire
             except queue.Empty:
-                if is_in_view:
-                    raise RuntimeError("a stream has no end: leave it to the server") from None
                 yield self._bouncer._heartbeat_wire
             except Ended:
                 is_meant = self._subscription.ended in _MEANT_ENDS
@@ -2119,7 +2120,7 @@ class _GeneratorBody(_Body):
                 continue
             yield frame
 
-    def served(self, is_in_view: bool) -> Iterator[bytes]:
+    def served(self) -> Iterator[bytes]:
         has_begun = False
         try:
             items = self._items_in_context() if self._wants_context else iter(self._source)
