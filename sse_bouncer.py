@@ -60,7 +60,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from flask import Flask, Response
@@ -253,7 +253,7 @@ def _lines(text: str) -> list[str]:
 
 def _check_text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(_wrong(name, "one text", value, "use str(...)"))
+        raise TypeError(_wrong(name, "text", value, "use str(...)"))
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -344,7 +344,7 @@ def _id_text(id: _Id) -> str:
 class _Event(NamedTuple):
     id: _Id  # _NO_ID if the bouncer is still to give it one, or gives none
     channel: str | None  # None is everyone
-    frame: Frame | None  # with the id; None ends the streams of the channel
+    frame: Frame | None  # None ends the streams of the channel
 
 
 class _History:
@@ -411,7 +411,7 @@ class _History:
 # Events between processes. There is one entry per event, and its id is the event's id, so all
 # processes agree on ids and order, and a client may come back to any of them. Each entry also holds
 # the id of the entry before it: a reader that finds another id there than the one it read last has
-# missed something, whatever the cause. No HTTP in here; the Redis client is the app's own object.
+# missed something, whatever the cause. No HTTP in here.
 
 _READ_COUNT = 1_000  # entries that are read at once
 _OLD_REDIS_PY = re.compile(r"[0-3]\.|4\.[0-3]\.")  # versions before 4.4
@@ -419,7 +419,6 @@ _OLD_REDIS_PY = re.compile(r"[0-3]\.|4\.[0-3]\.")  # versions before 4.4
 _Entry = tuple[str, str, str | None, str | None]  # see Relay
 
 
-@runtime_checkable
 class Relay(Protocol):
     """What carries events between processes. Any object with these three methods is one.
 
@@ -967,7 +966,7 @@ _send_to_all = _sender()
 # What ends a stream, always by `EventBouncer._remove`, and what its client sees of it:
 #
 #     unsubscribe, disconnect, the end of a generator   a body that ends as a whole one
-#     close, dropped, a generator that fails            a body that is cut off: come back
+#     close, dropped, a generator that fails            a body that is cut off, if it has chunks
 #     its client left                                   nothing
 
 # A broadcast waits this long, in all, for readers whose queues are full. Without the wait, a loop
@@ -1050,14 +1049,14 @@ class Subscription:
         if timeout is not None and not timeout >= 0:
             raise ValueError(_wrong("timeout", "seconds >= 0", timeout, "use None for ever"))
         until = math.inf if timeout is None else time.monotonic() + timeout
-        lock = self._bouncer._monitor.lock
-        with lock:
-            self._ready = self._ready or threading.Condition(lock)
+        monitor = self._bouncer._monitor  # later init_app() may have put another in its place
+        with monitor.lock:
+            self._ready = self._ready or threading.Condition(monitor.lock)
             while True:
                 if self._stream is not None:
                     raise RuntimeError(_wrong("get", "a reader", self, "its client has its frames"))
                 if self._frames:
-                    return self._take()
+                    return self._take(monitor)
                 if self.ended is not None:
                     raise Ended(errno.EPIPE, f"this subscription has ended: {self.ended}")
                 left = until - time.monotonic() if block else 0.0
@@ -1127,12 +1126,12 @@ class Subscription:
         self._frames.append(frame)
         self._wake_reader()
 
-    def _take(self) -> Frame:
+    def _take(self, monitor: _Monitor) -> Frame:
         frame = self._frames.popleft()
         if not self._frames:
             self._limit = self.maxsize
             self._late_since = None
-            self._bouncer._monitor.changed.notify_all()
+            monitor.changed.notify_all()
         return frame
 
     def _wake_reader(self) -> None:
@@ -1217,8 +1216,9 @@ class EventBouncer:
             raise ValueError(_wrong("heartbeat_event", "a name", name, "use None for the comment"))
         self._heartbeat_wire = _HEARTBEAT if name is None else format_sse("", name).wire
         self._retry = _retry_range(self.retry)
-        if not isinstance(self.relay, Relay | None):
-            raise TypeError(_wrong("relay", "a Relay", self.relay, "use RedisRelay(client)"))
+        if self.relay is not None and not all(hasattr(self.relay, name) for name in _RELAY_METHODS):
+            expected = f"an object with {', '.join(_RELAY_METHODS)}"
+            raise TypeError(_wrong("relay", expected, self.relay, "use RedisRelay(client)"))
         self._given = {name: getattr(self, name) for name in _SETTINGS}
         self._dumps: Callable[[object], str | bytes] | None = None  # None: see format_sse()
         self._gives_ids = self.history > 0 or self.relay is not None
@@ -1229,18 +1229,16 @@ class EventBouncer:
     def _reset(self) -> None:
         # The monitor, once it is used; a dictionary, because setdefault() is one step.
         self._made: dict[str, _Monitor] = {}
+        self._histories: dict[int, _History] = {}  # the one of this process, by its number
         # Readers, and streams that have not begun. They are held weakly: if a view fails and its
         # subscription is never read, it goes, or fills up and is dropped.
         self._readers: weakref.WeakKeyDictionary[Subscription, None] = weakref.WeakKeyDictionary()
         self._detached: set[Subscription] = set()  # of the hub's streams: there may be thousands
         self._hub: _Hub | None = None  # there is one while there are detached streams
         self._attaching: set[Subscription] = set()  # until it is empty, the hub is not retired
-        self._relay_reader: _RelayReader | None = None  # made for the first subscriber
+        self._relay_reader: _RelayReader | None = None  # made when it is first needed
         self._publishes_into_nothing = False
         self._counts = {"events": 0, "dropped": 0, "refused": 0, "gaps": 0}
-        # Without a relay, ids begin with the time, or another process would take them for its own.
-        floor = (time.time_ns(), 0) if self.relay is None else _NO_ID
-        self._history = _History(self.history, floor)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _SETTINGS and name in self.__dict__:
@@ -1255,6 +1253,16 @@ class EventBouncer:
         # Made when it is first used, and anew in a forked child: a lock from before gevent patches
         # threading excludes no greenlet. setdefault() is one step, so all that come first get one.
         return self._made.get("monitor") or self._made.setdefault("monitor", _Monitor())
+
+    @property
+    def _history(self) -> _History:
+        # Made when a process first uses it: uWSGI loads apps in its master, and forks without a
+        # word to Python. If there is no relay, ids begin with the time, or another process would
+        # take them for its own.
+        if (process := os.getpid()) not in self._histories:
+            floor = (time.time_ns(), 0) if self.relay is None else _NO_ID
+            self._histories.setdefault(process, _History(self.history, floor))
+        return self._histories[process]
 
     def init_app(self, app: Flask) -> None:
         """Take the settings of an app, and begin anew. For an app factory; else it is not needed.
@@ -1363,7 +1371,8 @@ class EventBouncer:
     def unsubscribe(self, subscription: Subscription) -> None:
         """End one subscription; what it holds is still delivered. A second call has no effect."""
         if subscription._bouncer is not self:
-            raise ValueError(_wrong("subscription", "its own", subscription, "ask its bouncer"))
+            expected = "one of this bouncer"
+            raise ValueError(_wrong("subscription", expected, subscription, "ask the one it is of"))
         self._remove(subscription, "unsubscribed")
 
     def disconnect(self, *channels: str) -> None:
@@ -1582,7 +1591,7 @@ class EventBouncer:
         with self._monitor.lock:
             if source is not self._relay_reader:
                 return
-            self._history = _History(self.history, floor)
+            self._histories[os.getpid()] = _History(self.history, floor)
             for event in events:
                 self._history.keep(event)
             if self.subscribers:
@@ -1651,6 +1660,7 @@ class EventBouncer:
 
 
 _SETTINGS = [field.name for field in dataclasses.fields(EventBouncer)]
+_RELAY_METHODS = ("publish", "recent", "read")
 _bouncers: weakref.WeakSet[EventBouncer] = weakref.WeakSet()
 
 
@@ -1699,7 +1709,7 @@ def _callbacks() -> _Callbacks:
 
 
 class _RelayReader(_OwnThread):
-    """Reads the relay for one bouncer, from its first subscriber to its close.
+    """Reads the relay for one bouncer, from its first use to its close.
 
     It holds the bouncer weakly, and ends with it.
     """
@@ -1856,7 +1866,9 @@ def _retry_range(retry: Any) -> tuple[int, int] | None:
 
 
 def _check_channel(name: Any) -> str:
-    if name == "":
+    if not isinstance(name, str):
+        raise TypeError(_wrong("channel", "one name", name, "give each as a text of its own"))
+    if not name:
         raise ValueError(_wrong("channel", "a name", name, "leave it out for everyone"))
     return _check_text("channel", name)
 
@@ -1883,6 +1895,7 @@ _HOLDS_WORKER = "a stream goes through the server and holds its worker: "
 _STAND_IN_BUFFER = 1024 * 1024  # bytes of a response's head; the system may allow less
 _HEAD_TIME = 1.0  # seconds after which a head that does not fit into that buffer is given up
 _STALL_TIME = 30.0  # seconds in which a client has to take 64 KiB from a server
+_SELECT_LIMIT = 1_024  # descriptors that select() can wait for
 _REFUSED_RETRY = (5_000, 15_000)  # milliseconds after which refused clients come back, at least
 # A line and no block, so that a browser does not run at once what fails again and again.
 _FAILED = _frame("retry: 10000\n", b"retry: 10000\n", has_id=False)
@@ -1902,17 +1915,20 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
     When a stream ends, a browser reconnects. To end it for good, send a last event at which the
     page calls ``close()`` on its EventSource, or answer the reconnect with status 204.
 
-    A generator that fails before its first item is answered 500, unless it is detached. If it fails
-    later, that is logged, the client is told to wait for ten seconds, and its body is cut off.
+    A generator that fails before its first item is answered 500, unless it is given ``detach``, or
+    its server is uWSGI. If it fails later, that is logged, the client is told to wait for ten
+    seconds, and its body is cut off.
 
     :param source: What to stream.
     :param detach: Whether to run a generator in a thread of its own, so that it holds no worker. It
         runs in a copy of the view's context, but what belongs to the view's thread cannot be used
         in it, such as an sqlite3 connection. When its client leaves, it is closed at its next
-        ``yield``; for a slow client it waits. When the process ends, generators get up to 5
-        seconds. Without it, the default, a graceful stop waits for them, 30 seconds in gunicorn.
-        At most 1,000 run at a time. The rest, and all on servers that keep their connections, go
-        through the server, also in a copy of the view's context.
+        ``yield``; for a slow client it waits, about 30 seconds. When the process ends, generators
+        get up to 5 seconds. Without it, the default, a graceful stop waits for them, 30 seconds in
+        gunicorn. At most 1,000 run at a time. The rest, and all on servers that keep their
+        connections, go through the server, also in a copy of the view's context. If the process
+        is short of descriptors, the client is told to come back later, as by
+        `EventBouncer.stream`.
     :raises TypeError: if ``source`` cannot be iterated, or is a text, bytes or a mapping.
     :raises RuntimeError: if a subscription is streamed by another response already.
     """
@@ -1925,7 +1941,14 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
         raise TypeError(_wrong("source", "what is not async", source, "define it without async"))
     if isinstance(source, str | bytes | bytearray | Mapping) or not isinstance(source, Iterable):
         raise TypeError(_wrong("source", "items or a Subscription", source, "put it into a list"))
-    return _respond(_GeneratorBody(source, detach))
+    body = _GeneratorBody(source, detach)
+    try:
+        if detach:
+            _check_descriptors(_generators)
+    except Refused as refused:
+        body.close()
+        return _refuse(refused)
+    return _respond(body)
 
 
 def _stream_response(
@@ -1938,20 +1961,16 @@ def _stream_response(
     if request.environ.get("wsgi.multiprocess") and bouncer.relay is None:
         _warn_once("of several processes each reaches its own subscribers only; use a RedisRelay")
     if request.method == "HEAD":
-        return _respond(())
+        return _respond(iter(()))  # a tuple would get a Content-Length
     # A client that comes back knows best. The query parameter is event-source-polyfill's. Only the
     # view may ask for everything that is kept.
     returning = request.headers.get("Last-Event-ID") or request.args.get("lastEventId")
     seen = bouncer._seen(returning or last, is_trusted=not returning)
     try:
-        if not _has_descriptors_left():
-            raise bouncer._refused("a tenth of the descriptors to be free", "less; see ulimit -n")
+        _check_descriptors(bouncer)
         subscription = bouncer._subscribe(names, seen, snapshot is not None, is_opening=True)
     except Refused as refused:
-        _warn_once(f"clients are told to come back later: {refused}")
-        # After some seconds at least: at once would be for ever.
-        retry = max(random.randint(*_REFUSED_RETRY), random.randint(*bouncer._retry or (0, 0)))
-        return _respond([b"retry: %d\n: no room now, come back later\n" % retry])
+        return _refuse(refused, bouncer._retry or (0, 0))
     try:
         if snapshot is not None and (seen is None or subscription.gap):
             bouncer._add_snapshot(subscription, snapshot)
@@ -1963,6 +1982,13 @@ def _stream_response(
         bouncer.unsubscribe(subscription)
         raise
     return response
+
+
+def _refuse(refused: Refused, retry: tuple[int, int] = (0, 0)) -> Response:
+    _warn_once(f"clients are told to come back later: {refused}")
+    # After some seconds at least: at once would be for ever.
+    milliseconds = max(random.randint(*retry), random.randint(*_REFUSED_RETRY))
+    return _respond([b"retry: %d\n: no room now, come back later\n" % milliseconds])
 
 
 def _respond(body: Iterable[bytes]) -> Response:
@@ -2089,8 +2115,8 @@ class _SubscriptionBody(_Body):
         self._bouncer._remove(self._subscription, "its client left")
 
 
-# The bouncer whose hub sends what generators yield, each to a channel of its own. It never drops a
-# client, because a generator waits for its client.
+# The bouncer whose hub sends what generators yield, each to a channel of its own. No queue of it is
+# ever full, because a generator waits for its client.
 _generators = EventBouncer(sys.maxsize)
 _numbers = itertools.count()
 _running: set[_GeneratorBody] = set()  # whose threads run
@@ -2121,7 +2147,7 @@ class _GeneratorBody(_Body):
             yield frame
 
     def served(self) -> Iterator[bytes]:
-        has_begun = False
+        has_begun = bool(self.opening)
         try:
             items = self._items_in_context() if self._wants_context else iter(self._source)
             for frame in self.frames(items):
@@ -2132,6 +2158,8 @@ class _GeneratorBody(_Body):
         except Exception as error:
             if has_begun:
                 yield _FAILED.wire
+            elif isinstance(error, OSError):  # which servers may take for a lost client
+                raise RuntimeError("a generator failed") from error
             if not has_begun or self._blocking_socket is None:
                 raise
             logger.exception("a generator failed; its stream is cut off")
@@ -2225,6 +2253,8 @@ def _connection_of(environ: Mapping[str, Any]) -> _Connection | None:
     | gevent.pywsgi | ``wsgi.input``, which reads from a file that has the socket              |
     | uWSGI         | ``uwsgi.connection_fd()``, documented; only the descriptor               |
     """
+    if not environ.get("SERVER_PROTOCOL", "").startswith("HTTP/1"):  # streams share a connection
+        return None
     try:
         connection = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
         if connection is None and "waitress.client_disconnected" in environ:
@@ -2396,21 +2426,30 @@ def _as_it_is(wire: bytes) -> bytes:
     return wire
 
 
-def _has_descriptors_left() -> bool:
-    """Return whether there is room for a stream, and for a server that has to accept().
+def _check_descriptors(bouncer: EventBouncer) -> None:
+    """Raise Refused if there is no room for a stream and for a server that has to accept().
 
-    A gunicorn worker that cannot accept() for want of descriptors ends, with all its streams.
+    A gunicorn worker that cannot accept() for want of descriptors ends, with all its streams, and
+    so does waitress at a descriptor that is too large for select().
     """
     if sys.platform == "win32":
-        return True
+        return
     import resource
 
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = float(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    if limit == resource.RLIM_INFINITY:
+        limit = math.inf
+    with contextlib.suppress(AttributeError, KeyError):  # it is not waitress
+        if not _environ()["waitress.client_disconnected"].__self__.adj.asyncore_use_poll:
+            limit = min(limit, _SELECT_LIMIT)
     try:
         with open(os.devnull) as lowest_free:  # so about as many are open
-            return limit == resource.RLIM_INFINITY or lowest_free.fileno() < limit - limit // 10
+            has_room = lowest_free.fileno() < 0.9 * limit
     except OSError:
-        return False
+        has_room = False
+    if not has_room:
+        given = "fewer (see ulimit -n, and with waitress --asyncore-use-poll)"
+        raise bouncer._refused("a tenth of the descriptors to be free", given)
 
 
 # =================================================================================================
@@ -2428,6 +2467,7 @@ def _begin_in_child() -> None:
         started.clear()
     for bouncer in list(_bouncers):
         bouncer._begin_in_child()
+    _generators._publishes_into_nothing = False
 
 
 if hasattr(os, "register_at_fork"):

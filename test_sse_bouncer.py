@@ -52,7 +52,6 @@ import threading
 import time
 import urllib.request
 import uuid
-import zlib
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -87,7 +86,7 @@ TIMEOUT = int(os.environ.get("TIMEOUT", 60))  # seconds: far beyond what anythin
 FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as long the random tests run
 PYTHON = sys.executable
 ROOT = Path(__file__).resolve().parent
-PROGRAMS = ("redis-server", "nginx", "chromium", "chromedriver", "curl", "openssl")
+PROGRAMS = ("redis-server", "nginx", "chromium", "chromedriver", "openssl")
 
 
 # =================================================================================================
@@ -95,21 +94,15 @@ PROGRAMS = ("redis-server", "nginx", "chromium", "chromedriver", "curl", "openss
 # that a test wants done in a server: ``bouncer.do(function, ...)`` calls it there.
 
 app = flask.Flask(__name__)
-app.config.update(SECRET_KEY="secret", COMPRESS_MIMETYPES=["text/event-stream"])
-with contextlib.suppress(ImportError):
-    import flask_compress
-
-    flask_compress.Compress(app)
-
+app.config.update(SECRET_KEY="secret")
 bouncers: dict[str, EventBouncer] = {}
 making = threading.Lock()
 # What middleware, generators and teardown functions saw of a bouncer's last stream.
 seen = defaultdict[str, dict[str, Any]](dict)
 
 
-def requested_bouncer() -> EventBouncer:
-    """Return the request's bouncer: its name holds its options, so any process can make it."""
-    name = flask.request.args["bouncer"]
+def bouncer_of(name: str) -> EventBouncer:
+    """Return the bouncer of a name, which holds its options: so any process can make it."""
     with making:
         if name not in bouncers:
             options = json.loads(name)
@@ -120,6 +113,10 @@ def requested_bouncer() -> EventBouncer:
         return bouncers[name]
 
 
+if "EARLY_BOUNCER" in os.environ:  # made when the app is imported, as most are
+    bouncer_of(os.environ["EARLY_BOUNCER"])
+
+
 @app.route("/<function>", methods=["GET", "POST"])
 def view(function: str) -> flask.Response:
     """Call a function or a method with the request's bouncer, and with arguments in JSON."""
@@ -127,7 +124,7 @@ def view(function: str) -> flask.Response:
     if function not in functions:
         flask.abort(404)
     args, kwargs = flask.request.get_json(silent=True) or ([], {})
-    returned = functions[function](requested_bouncer(), *args, **kwargs)
+    returned = functions[function](bouncer_of(flask.request.args["bouncer"]), *args, **kwargs)
     return returned if isinstance(returned, flask.Response) else flask.jsonify(returned)
 
 
@@ -179,17 +176,6 @@ def subscribe_and_tell(bouncer: EventBouncer) -> flask.Response:
         what_was_seen(bouncer).setdefault("left", []).append(flask.session["user"])
 
     return bouncer.stream(flask.session["user"], on_close=left)
-
-
-held_up = threading.Event()
-
-
-def subscribe_and_block(bouncer: EventBouncer) -> flask.Response:
-    return bouncer.stream(on_close=held_up.wait)
-
-
-def go_on(bouncer: EventBouncer) -> None:
-    held_up.set()
 
 
 def items_of(source: Iterable[str]) -> Iterator[str]:
@@ -322,15 +308,12 @@ def teardown(error: BaseException | None) -> None:
 
 
 def middleware(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Add a header. A query with ``watched`` has the body watched; one with ``compressed`` is
-    compressed for a client that accepts it."""
+    """Add a header. A query with ``watched`` has the body watched."""
 
     def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
         return start_response(status, [*headers, ("X-Middleware", "1")], exc_info)
 
     query = parse_qs(environ["QUERY_STRING"])
-    if "compressed" not in query:
-        environ.pop("HTTP_ACCEPT_ENCODING", None)
     body: Any = inner(environ, start)
     flask.Request(environ)  # which puts itself into the environ, as in middleware that logs
     if "watched" not in query:
@@ -352,9 +335,7 @@ app.wsgi_app = middleware  # type: ignore[method-assign]
 
 def blog_post() -> flask.Flask:
     """The app of the blog posts, with its import changed."""
-    from sse_bouncer import EventBouncer as MessageAnnouncer
-
-    app, announcer = flask.Flask(__name__), MessageAnnouncer()
+    app, announcer = flask.Flask(__name__), EventBouncer()
 
     @app.route("/ping", methods=["POST"])
     def ping() -> tuple[dict[str, Any], int]:
@@ -386,18 +367,10 @@ def run_pywsgi() -> None:
         server.serve_forever()
 
 
-def made_before_patching() -> flask.Flask:
-    """Return the app, with a bouncer that was made when it was imported, as most apps do."""
-    with app.test_request_context(query_string={"bouncer": os.environ["EARLY_BOUNCER"]}):
-        requested_bouncer()
-    return app
-
-
 def patch_late() -> None:
-    """Serve the app by ``from app import app``, and then ``patch_all()``."""
+    """Serve the app, which is imported by now, after a ``patch_all()``."""
     from gevent import monkey
 
-    made_before_patching()
     monkey.patch_all()
     run_pywsgi()
 
@@ -660,11 +633,10 @@ DETACHING = [name for name, kind in SERVERS.items() if kind.detaches]
 WORKERS = ["sync", "gthread", "gevent"]  # gunicorn's
 # Each of these is for a few tests.
 SERVERS["gthread-2"] = Kind("gunicorn", GUNICORN + "gthread --workers 2")
-SERVERS["uwsgi-router"] = Kind("pyuwsgi", UWSGI)
+SERVERS["uwsgi-3"] = Kind("pyuwsgi", UWSGI + "--http-socket 127.0.0.1:0 --master --processes 3")
 SERVERS["uwsgi-single"] = Kind("pyuwsgi", UWSGI + "--http-socket 127.0.0.1:0")
 SERVERS["script"] = Kind("flask", "{python} app.py")
-LATE = GUNICORN.replace("{app}", "test_sse_bouncer:made_before_patching()")
-SERVERS["gevent-late"] = Kind("gunicorn gevent packaging", LATE + "gevent --preload")
+SERVERS["gevent-late"] = Kind("gunicorn gevent packaging", GUNICORN + "gevent --preload")
 SERVERS["pywsgi-late"] = Kind("gevent", "{python} -W ignore {file} patch_late")
 FILLED_IN = {"python": PYTHON, "file": __file__, "home": sys.prefix}
 FILLED_IN["uwsgi"] = str(Path(PYTHON).with_name("uwsgi"))
@@ -689,14 +661,14 @@ class Process:
     def wait_for_log(self, pattern: str | re.Pattern[str], times: int = 1) -> re.Match[str]:
         """Wait until something like ``pattern`` is in the log, so many times; return the last."""
 
-        def is_there() -> bool:
+        def found() -> list[re.Match[str]]:
             has_ended = self.process.poll() is not None  # before the look at what it wrote
-            found = len(list(re.finditer(pattern, self.log()))) >= times
-            assert found or not has_ended, f"it has ended: {self.log()}"
-            return found
+            matches = list(re.finditer(pattern, self.log()))
+            assert len(matches) >= times or not has_ended, f"it has ended: {self.log()}"
+            return matches[times - 1 :]
 
-        wait_until(is_there, f"{pattern} in the log")
-        return list(re.finditer(pattern, self.log()))[-1]
+        wait_until(found, f"{pattern} in the log")
+        return found()[-1]
 
     def signal(self, how: str) -> None:
         """Send a signal to the whole group."""
@@ -747,17 +719,16 @@ class Server(Process):
         self.clients.append(Client(address or self.port, path, **options))
         return self.clients[-1]
 
-    def open(self, path: str, body: object = None, **headers: str) -> Any:
+    def open(self, path: str, body: object = None) -> Any:
         """Make an ordinary request, a POST if there is a body, and return the response."""
-        if body is not None and not isinstance(body, bytes):
-            body, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         url = f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}{path}"
-        request = urllib.request.Request(url, body, headers)
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         return urllib.request.urlopen(request, timeout=TIMEOUT, context=self.tls)
 
-    def ask(self, path: str, body: object = None, **headers: str) -> Any:
+    def ask(self, path: str, body: object = None) -> Any:
         """Make an ordinary request; return the JSON of the response, or its text."""
-        with self.open(path, body, **headers) as response:
+        with self.open(path, body) as response:
             is_json = response.headers.get_content_type() == "application/json"
             return json.load(response) if is_json else response.read().decode()
 
@@ -788,17 +759,12 @@ class Remote:
         """Have the server call a function of its app, or a method; return what that returns."""
         return self.server.ask(self.url(what), [args, kwargs])  # type: ignore[no-any-return]
 
-    def stats(self) -> Any:
-        return self.do(EventBouncer.stats)
+    stats = functools.partialmethod(do, EventBouncer.stats)
+    disconnect = functools.partialmethod(do, EventBouncer.disconnect)
+    close = functools.partialmethod(do, EventBouncer.close)
 
     def broadcast(self, *messages: object, **fields: object) -> None:
         self.do(broadcast, messages, fields)
-
-    def disconnect(self, *channels: str) -> None:
-        self.do(EventBouncer.disconnect, *channels)
-
-    def close(self) -> None:
-        self.do(EventBouncer.close)
 
     def wait_for(self, **counts: int) -> None:
         wait_until(lambda: counts.items() <= self.stats().items(), f"{counts} in its stats")
@@ -817,11 +783,10 @@ class Remote:
         return client
 
     def streams(self, count: int, **options: Any) -> list[Client]:
-        """Open many, no more at once than wait for the server to accept them."""
-        clients, before = list[Client](), self.stats()["detached"]
-        while len(clients) < count:
-            clients += [self.request(**options) for _ in range(min(count - len(clients), 50))]
-            self.wait_for(detached=before + len(clients))
+        """Open many, and wait until all are detached."""
+        before = self.stats()["detached"]
+        clients = [self.request(**options).wait_opening() for _ in range(count)]
+        self.wait_for(detached=before + count)
         return clients
 
 
@@ -947,43 +912,31 @@ NO_ENDS = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029"  # str.splitlines() thi
 FRAMES: list[tuple[dict[str, Any], str, list[Event]]] = [
     ({"data": "hi", "event": "greet"}, "event: greet\ndata: hi\n\n", [Event("hi", "greet")]),
     ({"data": "hi", "event": ""}, "data: hi\n\n", [Event("hi")]),
-    ({"data": "hi", "id": 0}, "id: 0\ndata: hi\n\n", [Event("hi", id="0")]),
-    ({"data": "d", "id": "i", "retry": 0}, "id: i\nretry: 0\ndata: d\n\n", [Event("d", id="i")]),
+    ({"data": "d", "id": 0, "retry": 0}, "id: 0\nretry: 0\ndata: d\n\n", [Event("d", id="0")]),
     ({"data": "d", "event": "e", "comment": "c"}, ": c\nevent: e\ndata: d\n\n", [Event("d", "e")]),
-    ({"comment": ""}, ": \n\n", []),
     ({"retry": 1500}, "retry: 1500\n\n", []),
-    ({"event": "greet"}, "event: greet\n\n", []),
-    ({"data": "a\rb\r\nc"}, "data: a\ndata: b\ndata: c\n\n", [Event("a\nb\nc")]),
-    ({"data": "a\n\rb"}, "data: a\ndata: \ndata: b\n\n", [Event("a\n\nb")]),
-    ({"data": ""}, "data: \n\n", [Event("")]),
-    ({"data": "\nx\n\n"}, "data: \ndata: x\ndata: \ndata: \n\n", [Event("\nx\n\n")]),
+    ({"comment": ""}, ": \n\n", []),
     ({"comment": "a\nb\r\nc\rdata: d"}, ": a\n: b\n: c\n: data: d\n\n", []),
+    ({"data": "a\rb\r\nc"}, "data: a\ndata: b\ndata: c\n\n", [Event("a\nb\nc")]),
+    ({"data": "\nx\n\n"}, "data: \ndata: x\ndata: \ndata: \n\n", [Event("\nx\n\n")]),
+    ({"data": ""}, "data: \n\n", [Event("")]),
     ({"data": NO_ENDS}, f"data: {NO_ENDS}\n\n", [Event(NO_ENDS)]),
     ({"data": "  x "}, "data:   x \n\n", [Event("  x ")]),
     ({"data": "x", "id": " 7"}, "id:  7\ndata: x\n\n", [Event("x", id=" 7")]),
-    ({"data": "\ufeffx\0"}, "data: \ufeffx\0\n\n", [Event("\ufeffx\0")]),
-    ({"data": "grüß 😀"}, "data: grüß 😀\n\n", [Event("grüß 😀")]),
+    ({"data": "\ufeffgrüß 😀\0"}, "data: \ufeffgrüß 😀\0\n\n", [Event("\ufeffgrüß 😀\0")]),
     ({"data": "a\nevent: evil"}, "data: a\ndata: event: evil\n\n", [Event("a\nevent: evil")]),
-    ({"data": ": x\n\n"}, "data: : x\ndata: \ndata: \n\n", [Event(": x\n\n")]),
     ({"data": b"gr\xc3\xbc\xc3\x9f\r\n"}, "data: grüß\ndata: \n\n", [Event("grüß\n")]),
-    ({"data": bytearray(b"hi")}, "data: hi\n\n", [Event("hi")]),
     ({"data": memoryview(b"hi")}, "data: hi\n\n", [Event("hi")]),
     ({"data": {"n": "a\nb"}}, 'data: {"n": "a\\nb"}\n\n', [Event('{"n": "a\\nb"}')]),
-    ({"data": False}, "data: false\n\n", [Event("false")]),
-    ({"data": Frame("data: x\r\n\r\n")}, "data: x\r\n\r\n", [Event("x")]),
-    ({"data": Frame(": x\n\r\n")}, ": x\n\r\n", []),
     ({"data": Frame("data: x\r\r\n")}, "data: x\r\r\n", [Event("x")]),
 ]
 
 
 @pytest.mark.parametrize(("given", "sent", "read"), FRAMES, ids=[sent for _, sent, _ in FRAMES])
 def test_wire_to_the_byte_and_read_back(given: Any, sent: str, read: list[Event]) -> None:
-    """A client reads the same whether the frame comes whole or byte by byte."""
-    frame, bytewise = format_sse(**given), Parser()
+    frame = format_sse(**given)
     assert sent == frame
-    assert Frame is type(frame)
     assert read == parse(frame)
-    assert read == [event for n in frame.encode() for event in bytewise.feed(bytes([n]))]
 
 
 def fuzz(examples: int, **options: Any) -> Any:
@@ -993,26 +946,22 @@ def fuzz(examples: int, **options: Any) -> Any:
     return hypothesis.settings(max_examples=examples * FUZZ, **options)
 
 
-def test_wire_fuzz_any_text_is_read_back_in_any_cut() -> None:
-    """Whatever is sent arrives as it was, and nothing else, however the network cuts the stream."""
+def test_wire_fuzz_any_text_is_read_back() -> None:
+    """Whatever is sent arrives as it was, and nothing else."""
     need("hypothesis")
     pieces = ["\n", "\r", "\r\n", ":", " ", "\0", "\ufeff", "data: ", "id: 1", "\nid:2\n\n", "é😀"]
     text = st.lists(st.sampled_from([*pieces, NO_ENDS]) | st.text(max_size=3)).map("".join)
     line = text.map(lambda value: re.sub("[\r\n\0]", "", value))
-    more = {"event": line, "id": line, "retry": st.integers(0, 10**6), "comment": text}
-    frames = st.lists(st.fixed_dictionaries({"data": text}, optional=more), max_size=8)
+    fields = {"data": text, "event": line, "id": line}
+    more = {"retry": st.integers(0, 10**6), "comment": text}
 
-    @hypothesis.given(frames, st.integers(1, 99))
-    def check(frames: list[dict[str, Any]], size: int) -> None:
-        expected, last_id = [], ""
-        for frame in frames:
-            last_id = frame.get("id", last_id)
-            data = re.sub("\r\n?", "\n", frame["data"])
-            expected.append(Event(data, frame.get("event") or "message", last_id))
-        sent = "".join(format_sse(**frame) for frame in frames).encode()
-        feed = Parser().feed
-        cuts = range(0, len(sent), size)
-        assert expected == [event for at in cuts for event in feed(sent[at : at + size])]
+    @hypothesis.given(st.lists(st.fixed_dictionaries(fields, optional=more), max_size=8))
+    def check(given: list[dict[str, Any]]) -> None:
+        expected = [
+            Event(re.sub("\r\n?", "\n", each["data"]), each["event"] or "message", each["id"])
+            for each in given
+        ]
+        assert expected == parse(*(format_sse(**each) for each in given))
 
     fuzz(100)(check)()
 
@@ -1034,26 +983,20 @@ def test_wire_json_is_by_the_apps_provider_in_threads_too() -> None:
             format_sse(math.nan)
 
 
-ZONE = datetime.timezone(datetime.timedelta(seconds=7200))
-SPECIAL = [datetime.date(2030, 1, 2), datetime.datetime(2030, 1, 2, 3, 4, 5, 6), uuid.UUID(int=7)]
-SPECIAL += [datetime.datetime(2030, 1, 2, tzinfo=ZONE), decimal.Decimal("1.10"), {"key": "grüß"}]
-
-
 def test_wire_json_without_flask_is_what_flask_writes() -> None:
     """Dates, decimals and UUIDs too."""
+    zone = datetime.timezone(datetime.timedelta(seconds=7200))
+    special: list[Any] = [datetime.datetime(2030, 1, 2, 3, 4, 5, 6, zone), uuid.UUID(int=7)]
+    special += [datetime.datetime(2030, 1, 2), datetime.date(2030, 1, 2)]
+    special += [decimal.Decimal("1.10"), {"key": "grüß"}]
     program = "import datetime; from decimal import Decimal; from uuid import UUID\n"
-    program += f"import sse_bouncer; print(sse_bouncer.format_sse({SPECIAL}), end='')"
-    assert format_sse(SPECIAL) == run(PYTHON, "-c", program).stdout
+    program += f"import sse_bouncer; print(sse_bouncer.format_sse({special}), end='')"
+    assert format_sse(special) == run(PYTHON, "-c", program).stdout
 
 
 def test_wire_data_that_is_framed_by_hand_is_warned_of_once() -> None:
     program = "import sse_bouncer as s; [s.format_sse(f'data: {n}\\n\\n') for n in 'ab']"
     assert 1 == run(PYTHON, "-c", program).stderr.count("looks like a frame")
-
-
-def bad(id: str, do: Callable[[Any], object], values: Any, types: Any = ()) -> Any:
-    """A row of REFUSED. In the message the argument has the last of the id's names."""
-    return pytest.param(do, id.rpartition("-")[2], values, types, id=id)
 
 
 async def generate_async() -> AsyncIterator[str]:
@@ -1065,64 +1008,51 @@ FRAME, CLIENT = format_sse("x"), type("Client", (), {"eval": None})
 OWN_IDS = [format_sse("x", id="7"), Frame("id\ndata: x\n\n"), Frame("data: x\r\nid:7\r\n\r\n")]
 NUMBERS = [0, -1, math.nan, math.inf, 86_401, 1e9]
 # Everything that the public API refuses: a call, values that raise a ValueError, and a TypeError.
-REFUSED = [
-    bad("format_sse-data", format_sse, [None, b"\xff", "\ud800", math.nan], [{1, 2}, object()]),
-    bad("format_sse-event-data", lambda v: format_sse(v, event="x"), [FRAME]),
-    bad("format_sse-comment-data", lambda v: format_sse(v, comment="x"), [FRAME]),
-    bad("format_sse-event", lambda v: format_sse("x", v), ["a\nb", "a\rb", "\0", "\ud8ff"], [5]),
-    bad("format_sse-id", lambda v: format_sse(1, id=v), ["1\n\nx", "1\r", "\0"], [1.5, True]),
-    bad("format_sse-retry", lambda v: format_sse(1, retry=v), [-1], [True, "9", 1.5]),
-    bad("format_sse-comment", lambda v: format_sse(1, comment=v), ["\ud800"], [5]),
-    bad("Frame-frame", Frame, ["data: x\n", "data: x\r\n", "", "data: \ud800\n\n"], [b"\n\n"]),
-    bad("EventBouncer-maxsize", EventBouncer, [0, -1], [True, None, 1.5]),
-    bad("EventBouncer-history", lambda v: EventBouncer(history=v), [-1], [True, None]),
-    bad("EventBouncer-heartbeat", lambda v: EventBouncer(heartbeat=v), NUMBERS),
-    bad("heartbeat_event", lambda v: EventBouncer(heartbeat_event=v), ["", "a\nb"], [5]),
-    bad("EventBouncer-retry", lambda v: EventBouncer(retry=v), [-1, (2, 1), (1,)], [True, 1.5]),
-    bad("max_subscribers", lambda v: EventBouncer(max_subscribers=v), [0], [True]),
-    bad("EventBouncer-relay", lambda v: EventBouncer(relay=v), [], ["redis://localhost"]),
-    bad("subscribe-channel", lambda v: EventBouncer().subscribe(v), ["", "\ud800"], [5, ["a"]]),
-    bad("broadcast-data", lambda v: EventBouncer().broadcast(v), [None, math.nan]),
-    bad("broadcast-event", lambda v: EventBouncer().broadcast("x", v), ["a\nb", "gap"], [5]),
-    bad("broadcast-event-data", lambda v: EventBouncer().broadcast(v, "x"), [FRAME]),
-    bad("broadcast-channel", lambda v: EventBouncer().broadcast(1, channel=v), [""], [5, ["a"]]),
-    bad("broadcast-id", lambda v: EventBouncer(history=1).broadcast(v), OWN_IDS),
-    bad("disconnect-channel", lambda v: EventBouncer().disconnect(v), [""], [5]),
-    bad("get-timeout", lambda v: EventBouncer().subscribe().get(timeout=v), [-1, math.nan]),
-    bad("sse_response-source", sse_response, [], ["data", b"data", {"n": 1}, 5, None]),
-    bad("sse_response-async-source", sse_response, [], [generate_async()]),
-    bad("RedisRelay-client", RedisRelay, [], ["redis://localhost", None]),
-    bad("RedisRelay-key", lambda v: RedisRelay(CLIENT, v), ["\ud800"], [b"sse"]),
-    bad("RedisRelay-maxlen", lambda v: RedisRelay(CLIENT, maxlen=v), [0], [1.5]),
-]
+REFUSED: dict[str, tuple[Callable[[Any], object], list[Any], list[Any]]] = {
+    "format_sse-data": (format_sse, [None, b"\xff", "\ud800", math.nan], [["x" * 999, {1, 2}]]),
+    "format_sse-event-data": (lambda v: format_sse(v, event="x"), [FRAME], []),
+    "format_sse-event": (lambda v: format_sse(1, v), ["a\nb", "a\rb", "\0", "\ud8ff"], [5]),
+    "format_sse-id": (lambda v: format_sse(1, id=v), ["1\n\nx", "1\r", "\0"], [1.5, True]),
+    "format_sse-retry": (lambda v: format_sse(1, retry=v), [-1], [True, "9", 1.5]),
+    "format_sse-comment": (lambda v: format_sse(1, comment=v), ["\ud800"], [5]),
+    "Frame-frame": (Frame, ["data: x\n", "data: x\r\n", "", "data: \ud800\n\n"], [b"\n\n"]),
+    "EventBouncer-maxsize": (EventBouncer, [0, -1], [True, None, 1.5]),
+    "EventBouncer-history": (lambda v: EventBouncer(history=v), [-1], [True, None]),
+    "EventBouncer-heartbeat": (lambda v: EventBouncer(heartbeat=v), NUMBERS, ["1", True]),
+    "heartbeat_event": (lambda v: EventBouncer(heartbeat_event=v), ["", "a\nb"], [5]),
+    "EventBouncer-retry": (lambda v: EventBouncer(retry=v), [-1, (2, 1), (1,)], [True, 1.5]),
+    "max_subscribers": (lambda v: EventBouncer(max_subscribers=v), [0], [True]),
+    "EventBouncer-relay": (lambda v: EventBouncer(relay=v), [], ["redis://localhost"]),
+    "subscribe-channel": (lambda v: EventBouncer().subscribe(v), ["", "\ud800"], [5, ["a"]]),
+    "broadcast-event": (lambda v: EventBouncer().broadcast("x", v), ["a\nb", "gap"], [5]),
+    "broadcast-channel": (lambda v: EventBouncer().broadcast(1, channel=v), [""], [5, ["a"]]),
+    "broadcast-id": (lambda v: EventBouncer(history=1).broadcast(v), OWN_IDS, []),
+    "disconnect-channel": (lambda v: EventBouncer().disconnect(v), [""], [5]),
+    "get-timeout": (lambda v: EventBouncer().subscribe().get(timeout=v), [-1, math.nan], []),
+    "sse_response-source": (sse_response, [], ["data", b"data", {"n": 1}, 5, None]),
+    "sse_response-async-source": (sse_response, [], [generate_async()]),
+    "RedisRelay-client": (RedisRelay, [], ["redis://localhost", None]),
+    "RedisRelay-key": (lambda v: RedisRelay(CLIENT, v), ["\ud800"], [b"sse"]),
+    "RedisRelay-maxlen": (lambda v: RedisRelay(CLIENT, maxlen=v), [0], [1.5]),
+}
 
 
-@pytest.mark.parametrize(("do", "name", "values", "types"), REFUSED)
-def test_bad_input_is_refused(do: Any, name: str, values: Any, types: Any) -> None:
-    """The message names the argument, states what was expected and shows what was given."""
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused(name: str) -> None:
+    """The message names the argument, says what was expected, and shows in short what was given."""
+    do, values, types = REFUSED[name]
+    argument = name.rpartition("-")[2]
     for error, bad in [(ValueError, values), (TypeError, types)]:
         for value in bad:
             with pytest.raises(error) as caught:
                 do(value)
             given = re.escape(repr(value)[:40])
-            assert re.match(f"{name}: expected .+ got .*{given}.*; ", str(caught.value))
-
-
-def test_bad_input_reaches_nobody_and_is_shown_in_short() -> None:
-    """A broadcast that is refused loses nothing of what others send, and ends nobody's stream."""
-    bouncer = EventBouncer()
-    subscription = bouncer.subscribe()
-    bouncer.broadcast("before")
-    for bad in (math.nan, "\ud800", None, {"key": ["x" * 10**6, object()]}):
-        with pytest.raises((ValueError, TypeError)) as caught:
-            bouncer.broadcast(bad)
-        assert len(str(caught.value)) < 500
-    bouncer.broadcast("after")
-    assert ["before", "after"] == held(subscription)
+            assert re.match(f"{argument}: expected .+ got .*{given}.*; ", str(caught.value))
+            assert len(str(caught.value)) < 500
 
 
 # =================================================================================================
-# RELAY: RedisRelay with a real Redis that is lost, trimmed, emptied and restored; and a server of
+# RELAY: RedisRelay with a real Redis that is lost, trimmed, deleted and restored; and a server of
 # several processes around it
 
 
@@ -1144,31 +1074,26 @@ class Quiet:
 
 
 class Redis(Process):
-    """A redis-server of our own that can be killed and started again."""
+    """A redis-server of our own. When it is killed it loses nothing, and can be started again."""
+
+    hang = functools.partialmethod(Process.signal, "SIGSTOP")
+    go_on = functools.partialmethod(Process.signal, "SIGCONT")
 
     def __init__(self, folder: Path, port: int, *options: str) -> None:
         self.folder, self.port, self.url = folder, port, f"redis://127.0.0.1:{port}"
-        self._command = ["redis-server", "--save", "", "--bind", "127.0.0.1", "--port", str(port)]
-        self._command += options
+        command = f"redis-server --bind 127.0.0.1 --port {port} --appendonly yes --appendfsync no"
+        self._command = [*command.split(), *options]
         self.start()
 
     def start(self) -> None:
         super().__init__(self._command, self.folder)
         self.wait_for_log("Ready to accept connections")
 
-    def client(self, is_cluster: bool = False, **options: Any) -> Any:
+    def client(self, kind: str = "Redis", **options: Any) -> Any:
         """Return a client that does not try again by itself: its errors come promptly."""
-        from redis import Redis, RedisCluster, backoff, retry
+        import redis
 
-        make: Any = RedisCluster if is_cluster else Redis
-        options["retry"] = retry.Retry(backoff.NoBackoff(), 0)
-        return make(host="127.0.0.1", port=self.port, **options)
-
-    def hang(self) -> None:
-        self.signal("SIGSTOP")
-
-    def go_on(self) -> None:
-        self.signal("SIGCONT")
+        return getattr(redis, kind)(host="127.0.0.1", port=self.port, retry=None, **options)
 
 
 @pytest.fixture(scope="session")
@@ -1218,43 +1143,23 @@ def processes(request: pytest.FixtureRequest, redis: Redis) -> Iterator[Processe
     wait_until(lambda: {*threading.enumerate()} <= others, "the readers end")
 
 
-ACL = "--user app on >secret ~* resetchannels -@all +eval +xadd +xrange +xrevrange +xread"
-# What users pass to redis.Redis, and what the server is started with.
-REDIS_OPTIONS = [
-    pytest.param({}, [], id="default"),
-    pytest.param({"protocol": 2, "decode_responses": True}, [], id="decodes"),
-    pytest.param({"protocol": 3, "decode_responses": True}, [], id="RESP3"),
-    pytest.param({"username": "app", "password": "secret"}, ACL.split(), id="ACL"),
-]
-
-
-@pytest.mark.parametrize(("options", "args"), REDIS_OPTIONS)
-def test_redis_carries_anything(options: Any, args: Any, processes: Any, new_redis: Any) -> None:
-    """Text of any kind, on channels of any name: live, and to a client that comes later."""
-    processes.redis = new_redis(*args)
+@pytest.mark.parametrize("resp", [2, 3])
+@pytest.mark.parametrize("decode", [False, True])
+def test_redis_carries_anything(resp: int, decode: bool, processes: Any, new_redis: Any) -> None:
+    """Text of any kind, on channels of any name: live, and to a client that comes later. It takes
+    no more rights than the documentation says."""
+    rights = "--user app on >secret ~* resetchannels -@all +eval +xadd +xrange +xrevrange +xread"
+    processes.redis, channel = new_redis(*rights.split()), "grüß 😀"
+    options: dict[str, Any] = {"protocol": resp, "decode_responses": decode}
+    options |= {"username": "app", "password": "secret"}
     one, two = processes(**options), processes(**options)
-    start, channel = one.latest_id(), "grüß 😀"
-    subscription, of_none = two.subscribe(channel), two.subscribe()
+    start, subscription = one.latest_id(), two.subscribe(channel)
     texts = ["a\nb", "", " x", channel, "\0", "x\u2028y", "id: 7"]
     broadcast(one, texts, {"channel": channel})
-    one.broadcast("to all")
-    live = next_events(subscription, len(texts) + 1)
-    assert [*texts, "to all"] == [event.data for event in live]
-    assert ["to all"] == next_datas(of_none, 1)
+    live = next_events(subscription, len(texts))
+    assert texts == [event.data for event in live]
     late = processes(**options).subscribe(channel, last_event_id=start)
     assert live == next_events(late, len(live))
-
-
-def publish_when_back(bouncer: EventBouncer, message: str) -> None:
-    """Broadcast once Redis takes it: connections of before it went are still to be found dead."""
-    wait_until(lambda: not Task(bouncer.broadcast, message).exception(TIMEOUT), "Redis is back")
-
-
-@pytest.fixture
-def durable(processes: Processes, new_redis: Callable[..., Redis]) -> Processes:
-    """Their Redis loses nothing when it is killed."""
-    processes.redis = new_redis("--appendonly", "yes", "--appendfsync", "always")
-    return processes
 
 
 # How Redis fails, what its client raises then, and how Redis comes back.
@@ -1262,42 +1167,43 @@ FAULTS: list[Any] = [(Redis.kill, "ConnectionError", Redis.start)]
 FAULTS += [(Redis.hang, "TimeoutError", Redis.go_on)]
 
 
-@pytest.mark.parametrize(("fail", "error", "mend"), FAULTS, ids=["is killed", "hangs"])
-def test_redis_that_fails_costs_no_event(fail: Any, error: str, mend: Any, durable: Any) -> None:
-    """Twice. Publishers get the client's error, and what was accepted arrives once, in order."""
+@pytest.mark.parametrize("fault", FAULTS, ids=["is killed", "hangs"])
+def test_redis_that_fails_costs_no_event(fault: Any, processes: Any, new_redis: Any) -> None:
+    """Publishers get the client's error, and what was accepted arrives once, in order."""
     from redis import exceptions
 
-    publisher, process = durable(socket_timeout=1.0), durable(socket_timeout=1.0)
-    subscription = process.subscribe()
-    for back in ("back", "back again"):
-        accepted = ["before"]
-        publisher.broadcast("before")
-        wait_until(subscription.qsize, "it arrives")
-        fail(durable.redis)
-        with pytest.raises(getattr(exceptions, error)):
-            while True:
-                publisher.broadcast(str(len(accepted)))
-                accepted.append(str(len(accepted)))
-        mend(durable.redis)
-        publish_when_back(publisher, back)
-        received = list(iter(lambda: next_datas(subscription, 1)[0], back))
-        refused = str(len(accepted))  # which may have arrived all the same
-        assert accepted == [text for text in received if text != refused]
+    fail, error, mend = fault
+    redis = processes.redis = new_redis()
+    publisher, process = processes(socket_timeout=1.0), processes(socket_timeout=1.0)
+    subscription, accepted = process.subscribe(), ["before"]
+    publisher.broadcast("before")
+    wait_until(subscription.qsize, "it arrives")
+    fail(redis)
+    with pytest.raises(getattr(exceptions, error)):
+        while True:
+            publisher.broadcast(str(len(accepted)))
+            accepted.append(str(len(accepted)))
+    mend(redis)
+    wait_until(lambda: not Task(publisher.broadcast, "back").exception(TIMEOUT), "it is back")
+    received = list(iter(lambda: next_datas(subscription, 1)[0], "back"))
+    refused = str(len(accepted))  # which may have arrived all the same
+    assert accepted == [text for text in received if text != refused]
 
 
-def test_redis_that_is_away(durable: Any, caplog: Any) -> None:
+def test_redis_that_is_away(processes: Processes, new_redis: Any, caplog: Any) -> None:
     """A logout ends this process's streams, and raises. A process that starts has a gap for its
     clients. The log of each says once that Redis cannot be read."""
-    process, late = durable(), durable()
+    redis = processes.redis = new_redis()
+    process, late = processes(), processes()
     ada, bob = process.subscribe("ada"), process.subscribe("bob")
-    durable.redis.kill()
+    redis.kill()
     with pytest.raises(Exception, match="(?i)connect"):
         process.disconnect("ada")
     assert [] == datas(ada)
     of_late = late.subscribe(last_event_id="1-1")
     wait_until(lambda: caplog.text.count("cannot be read") == 2, "the log says so, for both")
-    durable.redis.start()
-    publish_when_back(process, "back")
+    redis.start()
+    wait_until(lambda: not Task(process.broadcast, "back").exception(TIMEOUT), "it is back")
     assert ["back"] == next_datas(bob, 1)
     assert [GAP] == next_datas(of_late, 1)
     assert 2 == len(re.findall("cannot be read.*ConnectionError", caplog.text))
@@ -1322,77 +1228,49 @@ def test_redis_client_that_is_ahead_of_its_process_waits(processes: Processes) -
     assert not arrival.result().gap
 
 
-@pytest.mark.parametrize("history", [0, 9])
-def test_redis_disconnect_is_known_to_all_processes(history: int, processes: Processes) -> None:
-    """Also to a new one: a client that goes from one to another is told of no gap."""
-    one = processes(history=history)
-    subscription = one.subscribe("x")
-    one.broadcast("a")
-    one.disconnect("x")
-    assert ["a"] == datas(subscription)
-    id = one.latest_id()
-    for each in (one, processes(history=history)):
-        assert id == each.latest_id()
-        assert not each.subscribe("x", last_event_id=id).gap
-
-
-def check_gap(expected: list[str], received: list[Event], bouncer: EventBouncer) -> None:
-    """Check what was received, and what clients get that come back after its first event or gap."""
-    assert expected == list(map(str, received))
-    gap = expected.index(GAP)
-    assert expected[gap:] == held(bouncer.subscribe(last_event_id=received[0].id))
-    assert expected[gap + 1 :] == held(bouncer.subscribe(last_event_id=received[gap].id))
-
-
 # What happens to the stream, and which events a process still gets that had yet to read three.
-LOSSES = [("XTRIM {} MAXLEN = 1", ["3"]), ("DEL {}", []), ("FLUSHALL", [])]
+LOSSES = {
+    "trimmed": ("XTRIM stream MAXLEN = 1", ["3"]),
+    "deleted": ("DEL stream", []),
+    "restored from an older copy": ("COPY copy stream REPLACE", []),
+}
 
 
-@pytest.mark.parametrize(("loss", "left"), LOSSES, ids=["trimmed", "deleted", "emptied"])
+@pytest.mark.parametrize(("loss", "left"), LOSSES.values(), ids=LOSSES)
 def test_redis_loss_is_one_gap(loss: str, left: Any, processes: Any, new_redis: Any) -> None:
-    """To every stream, and to clients from before it; what is left is delivered, once."""
-    processes.redis = new_redis()
-    bouncer, publisher = processes(), processes()
-    subscription, other = bouncer.subscribe(), bouncer.subscribe("x")
-    publisher.broadcast("seen")
-    received = next_events(subscription, 1)
-    step = processes.redis.client().pipeline()  # in which nobody can read
-    broadcast(processes(RedisRelay(step, processes.key)), "123", {})
-    step.execute_command(*loss.format(processes.key).split())
+    """Also to clients that come back from before it; what is left is delivered, once."""
+    processes.redis, processes.key = new_redis(), "stream"
+    bouncer, publisher, client = processes(), processes(), processes.redis.client()
+    subscription = bouncer.subscribe()
+    publisher.broadcast("first")
+    client.copy("stream", "copy")
+    publisher.broadcast("second")
+    received = next_events(subscription, 2)
+    seconds, micros = client.time()
+    wait_until(lambda: client.time() > (seconds, micros + 1000), "no id of Redis's comes again")
+    step = client.pipeline()  # in which nobody can read
+    broadcast(processes(RedisRelay(step, "stream")), "123", {})
+    step.execute_command(*loss.split())
     step.execute()
     broadcast(publisher, "bc", {})
-    expected = ["seen", GAP, *left, "b", "c"]
-    assert expected == next_datas(other, len(expected))
-    check_gap(expected, received + next_events(subscription, len(expected) - 1), bouncer)
-
-
-def test_redis_restarted_from_an_older_copy_is_one_gap(processes: Any, new_redis: Any) -> None:
-    """Also for a client of before the loss, though the copy has its id."""
-    redis = processes.redis = new_redis()
-    bouncer, publisher = processes(), processes()
-    subscription = bouncer.subscribe()
-    publisher.broadcast("seen")
-    redis.client().save()
-    broadcast(publisher, "123", {})
-    received = next_events(subscription, 4)
-    redis.kill()
-    redis.start()
-    publish_when_back(publisher, "b")
-    publisher.broadcast("c")
-    received += next_events(subscription, 3)
-    check_gap(["seen", "1", "2", "3", GAP, "b", "c"], received, bouncer)
+    rest = [*left, "b", "c"]
+    received += next_events(subscription, 1 + len(rest))
+    assert ["first", "second", GAP, *rest] == list(map(str, received))
+    for event in received[:2]:
+        assert [GAP, *rest] == held(bouncer.subscribe(last_event_id=event.id))
+    assert rest == held(bouncer.subscribe(last_event_id=received[2].id))
 
 
 # Fields of entries that someone else has added to the stream.
 FOREIGN: list[dict[Any, Any]] = [{b"\xff": b"\xfe"}, {"frame": b"data: \xff\n\n"}]
 FOREIGN += [{"frame": "data: no blank line"}, {"frame": "data: x\n\n", "after": "text"}]
-FOREIGN += [{"channel": "", "frame": "data: x\n\n"}, {"frame": "x" * 100_000}]
+FOREIGN += [{"channel": "", "frame": "data: x\n\n"}]
 
 
-@pytest.mark.parametrize("decode", [False, True])
-def test_redis_skips_foreign_entries(decode: bool, processes: Processes, caplog: Any) -> None:
-    """They are no events and no gap, live and for a new process; the log has a line for each."""
-    bouncer = processes(decode_responses=decode)
+def test_redis_skips_foreign_entries(processes: Processes, caplog: Any) -> None:
+    """They are no events and no gap, live and for a new process; the log has a line for each.
+    A client that decodes would fail at what is not UTF-8."""
+    bouncer = processes(decode_responses=True)
     start, subscription = bouncer.latest_id(), bouncer.subscribe()
     bouncer.broadcast("first")
     for fields in FOREIGN:
@@ -1401,19 +1279,7 @@ def test_redis_skips_foreign_entries(decode: bool, processes: Processes, caplog:
     assert ["first", "last"] == next_datas(subscription, 2)
     skipped = [message for message in caplog.messages if "not an event" in message]
     assert len(FOREIGN) == len(skipped)
-    assert max(map(len, skipped)) < 500
-    late = processes(decode_responses=decode).subscribe(last_event_id=start)
-    assert ["first", "last"] == held(late)
-
-
-def test_redis_holds_one_connection(processes: Processes) -> None:
-    """However many subscribers."""
-    bouncer = processes(client_name="counted")
-    subscriptions = [bouncer.subscribe("x") for _ in range(100)]
-    bouncer.broadcast("a")
-    assert [["a"]] * 100 == [next_datas(subscription, 1) for subscription in subscriptions]
-    names = [client["name"] for client in processes.redis.client().client_list()]
-    assert 1 <= names.count("counted") <= 2
+    assert ["first", "last"] == held(processes().subscribe(last_event_id=start))
 
 
 @pytest.mark.parametrize("kind", ["gevent-late", "pywsgi-late"])
@@ -1422,7 +1288,7 @@ def test_redis_or_none_serves_40_clients_at_once_though_gevent_patches_late(
     kind: str, has_relay: bool, redis: Redis, tmp_path: Path
 ) -> None:
     """After the bouncer was made. The first clients get everything, once."""
-    name = json.dumps({"number": f"{kind} {has_relay}", "relay": redis.url if has_relay else None})
+    name = json.dumps({"number": 0, "relay": redis.url if has_relay else None})
     with serve(kind, tmp_path / "app", EARLY_BOUNCER=name) as server:
         bouncer = Remote(server)
         bouncer.name = name
@@ -1436,16 +1302,19 @@ def test_redis_or_none_serves_40_clients_at_once_though_gevent_patches_late(
         assert [["a", "b"]] * 40 == [client.wait_end() for client in clients]
 
 
-@pytest.mark.parametrize("fail", [Redis.client, Redis.kill, Redis.hang])
+@pytest.mark.parametrize("happens", ["client", "kill", "hang"])  # in the first it is well
 def test_redis_is_not_waited_for_because_of_forged_ids(
-    fail: Any, processes: Processes, new_redis: Any, monkeypatch: Any
+    happens: str, processes: Processes, new_redis: Any, monkeypatch: Any
 ) -> None:
-    """Alive or away: a worker waits only for what Redis has, and once if Redis hangs."""
-    processes.redis = new_redis()
+    """A worker waits only for what Redis has. If Redis hangs, those that come at the same time
+    wait once, while one thread asks for them all."""
+    redis = processes.redis = new_redis()
     bouncer, in_vain, wait = processes(), list[object](), threading.Condition.wait
+    forged = [f"{10**15 + number}-0" for number in range(20)]
     ids_of(bouncer, "known")
-    threads = threading.active_count()
-    fail(processes.redis)
+    getattr(redis, happens)()
+    arrivals = [Task(bouncer.subscribe, last_event_id=id) for id in forged]
+    assert all(arrival.result().gap for arrival in arrivals)
 
     def noted(self: threading.Condition, timeout: float | None = None) -> bool:
         is_notified = wait(self, timeout)
@@ -1454,69 +1323,17 @@ def test_redis_is_not_waited_for_because_of_forged_ids(
         return is_notified
 
     monkeypatch.setattr(threading.Condition, "wait", noted)
-    counts = []
-    for number in range(10):
-        assert bouncer.subscribe(last_event_id=f"{10**15 + number}-0").gap
-        counts.append(threading.active_count())
-    processes.redis.go_on()
-    assert len(in_vain) <= 1
-    assert max(counts) <= threads + 1  # one asks on
-
-
-def test_relay_that_hangs_is_asked_by_one_thread_however_many_clients_come() -> None:
-    asked, go_on = list[int](), threading.Event()
-
-    class Hanging(Quiet):
-        def recent(self, count: int) -> list[Any]:
-            if self.reads:
-                asked.append(count)
-                go_on.wait(TIMEOUT)
-            return super().recent(count)
-
-    relay = Hanging()
-    bouncer = EventBouncer(relay=relay)
-    bouncer.subscribe()
-    wait_until(lambda: relay.reads, "the relay is read")
-    arrivals = [Task(bouncer.subscribe, last_event_id="9-9") for _ in range(20)]
-    assert [True] * 20 == [arrival.result().gap for arrival in arrivals]
-    bouncer.close()
-    go_on.set()
-    assert [1] == asked
+    assert all(bouncer.subscribe(last_event_id=id).gap for id in forged)
+    assert [] == in_vain
+    wait_until(lambda: str(threading.enumerate()).count("relay query") <= 1, "only one asks on")
+    redis.go_on()
 
 
 def test_relay_that_reads_without_waiting_is_not_asked_on_and_on() -> None:
     relay = Quiet()
-    with EventBouncer(relay=relay).subscribe() as subscription:
-        for _ in range(10):
-            with pytest.raises(queue.Empty):
-                subscription.get(timeout=0.05)
+    with EventBouncer(relay=relay).subscribe() as subscription, pytest.raises(queue.Empty):
+        subscription.get(timeout=0.5)
     assert 1 <= relay.reads < 100
-
-
-def test_relay_whose_reader_could_not_start_is_read_later(monkeypatch: Any) -> None:
-    """A moment without threads is not the end of all events."""
-    relay = Quiet()
-    bouncer = EventBouncer(relay=relay)
-    with monkeypatch.context() as patch, contextlib.suppress(RuntimeError):
-        patch.setattr(threading.Thread, "start", fail_to_start)
-        bouncer.subscribe()
-    with bouncer.subscribe():
-        wait_until(lambda: relay.reads, "the relay is read")
-
-
-def test_relay_that_returns_what_is_no_entry_is_read_again() -> None:
-    relay = Quiet(())
-    with EventBouncer(relay=relay).subscribe():
-        relay.entries.clear()
-        wait_until(lambda: relay.reads, "it is read")
-
-
-def test_redis_or_a_relay_with_odd_ids_does_not_end_its_reader() -> None:
-    """An entry whose id is no text costs no other one."""
-    bouncer = EventBouncer(relay=Quiet((b"1-0", "0-0", None, "data: odd\n\n")))
-    with bouncer.subscribe() as subscription:
-        bouncer.broadcast("x")
-        assert ["x"] == next_datas(subscription, 1)
 
 
 def test_redis_clients_that_would_deliver_nothing_are_refused(monkeypatch: Any) -> None:
@@ -1549,19 +1366,18 @@ def test_redis_is_connected_by_init_app_each_event_once(redis: Redis) -> None:
         with bouncer.subscribe() as subscription:
             other.broadcast("by the bank")
             bouncer.broadcast("by the shop")
-            relay = RedisRelay.from_url(redis.url, key="sse:shop")
-            relay.publish(None, format_sse("by a cron job"))
+            RedisRelay.from_url(redis.url, "sse:shop").publish(None, format_sse("by a cron job"))
             assert ["by the shop", "by a cron job"] == next_datas(subscription, 2)
             assert subscription.empty()
-    for each in (bouncer, other):
-        each.close()
+    bouncer.close()
 
 
 def test_processes_all_agree_and_a_logout_is_for_all(processes: Processes) -> None:
-    """Every client gets every event once, all the same ids in the same order, whoever published."""
+    """Every client gets every event once, all the same ids in the same order, whoever published.
+    Who goes from one process to another after a logout, even to a new one, is told of no gap."""
     one, two = processes(), processes()
     adas = [Task(list, each.subscribe("ada")) for each in (one, two)]
-    bob = Task(list, two.subscribe("bob"))
+    bobs = [Task(list, each.subscribe("bob")) for each in (one, two)]
     for publisher in [Task(broadcast, each, range(50), {}) for each in (one, two)]:
         publisher.result()
     one.disconnect("ada")
@@ -1571,23 +1387,19 @@ def test_processes_all_agree_and_a_logout_is_for_all(processes: Processes) -> No
     assert order == other
     assert are_increasing(event.id for event in order)
     assert sorted([*range(50)] * 2) == sorted(int(event.data) for event in order)
-    assert [*map(str, order), "still here"] == datas(bob.result())
+    assert [[*map(str, order), "still here"]] * 2 == [datas(bob.result()) for bob in bobs]
+    for each in (two, processes(), processes(history=0)):
+        assert one.latest_id() == each.latest_id()
+        assert not each.subscribe(last_event_id=one.latest_id()).gap
 
 
-@on("gthread-2")
-def test_processes_without_a_relay_are_warned_of_once_each(server: Server, redis: Redis) -> None:
+def test_processes_without_a_relay_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     """With the cure; those with a relay are not."""
-    related, alone = Remote(server, relay=redis.url), Remote(server)
-    for _ in range(10):
-        related.request().wait_opening()
-    assert "several processes" not in server.log()
-
-    def warnings() -> int:
-        alone.request().wait_opening()
-        return len(re.findall("several processes.*RedisRelay", server.log()))
-
-    wait_until(lambda: warnings() >= 2, "both processes warn")
-    assert [2] * 10 == [warnings() for _ in range(10)]
+    for relay in (Quiet(), None, None):
+        client = app_of(EventBouncer(relay=relay).stream).test_client()
+        client.get("/", multiprocess=True).close()
+        assert (relay is None) == ("several processes" in caplog.text)
+    assert 1 == len(re.findall("several processes.*RedisRelay", caplog.text))
 
 
 @on("gthread-2")
@@ -1596,30 +1408,25 @@ def test_processes_serve_clients_that_hop_between_them(server: Server, redis: Re
     check_followed(Remote(server, relay=redis.url, history=10_000, heartbeat=0.1))
 
 
-def check_idle(bouncer: EventBouncer, client: Any) -> None:
-    """It reads nothing again, also a megabyte, and goes on reading when nothing has come."""
-    subscription = bouncer.subscribe()
-    bouncer.broadcast("x" * 2**20)
-    next_events(subscription, 1)
-    before = client.info("all")
-    reads = before["cmdstat_xread"]["calls"] + 5
-    wait_until(lambda: client.info("all")["cmdstat_xread"]["calls"] >= reads, "it waits, and again")
-    assert client.info()["total_net_output_bytes"] - before["total_net_output_bytes"] < 2**20
-
-
-def test_redis_silence_is_not_taken_for_death(processes: Processes, new_redis: Any) -> None:
-    processes.redis = new_redis()
-    check_idle(processes(socket_timeout=0.2), processes.redis.client())
-
-
-def test_redis_may_be_a_cluster(processes: Processes, new_redis: Any, caplog: Any) -> None:
-    """The log has nothing to say."""
+@pytest.mark.parametrize("kind", ["Redis", "RedisCluster"])
+def test_redis_is_asked_little(kind: str, processes: Any, new_redis: Any, caplog: Any) -> None:
+    """Over one connection, however many subscribers, and for nothing twice. When it is silent it
+    is not taken for dead: the log says nothing."""
     with held_port() as bus:
         redis = new_redis("--cluster-enabled", "yes", "--cluster-port", str(bus))
     client, processes.redis = redis.client(decode_responses=True), redis
     client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
     wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "a cluster")
-    check_idle(processes(socket_timeout=0.2, is_cluster=True), client)
+    bouncer = processes(kind=kind, socket_timeout=0.2, client_name="counted")
+    subscriptions = [bouncer.subscribe() for _ in range(100)]
+    bouncer.broadcast("x" * 2**20)
+    assert [1] * 100 == [len(next_events(subscription, 1)) for subscription in subscriptions]
+    before = client.info("all")
+    reads = before["cmdstat_xread"]["calls"] + 5
+    wait_until(lambda: client.info("commandstats")["cmdstat_xread"]["calls"] >= reads, "it reads")
+    assert client.info()["total_net_output_bytes"] - before["total_net_output_bytes"] < 2**20
+    names = [connection["name"] for connection in client.client_list()]
+    assert 1 <= names.count("counted") <= 2
     assert [] == caplog.messages
 
 
@@ -1663,19 +1470,15 @@ def test_fan_out_a_reader_that_never_catches_up_is_dropped_in_the_end() -> None:
             subscription.get()
 
     reader = Task(read)
-    while not bouncer.stats()["dropped"]:
-        bouncer.broadcast("x")
+    wait_until(lambda: bouncer.stats()["dropped"], "dropped", lambda: bouncer.broadcast("x"))
     reader.result()
 
 
-ENDS: dict[str, Callable[..., None]] = {
-    "close": lambda bouncer, subscription: bouncer.close(),
-    "disconnect": lambda bouncer, subscription: bouncer.disconnect("x", "a"),
-    "unsubscribe": EventBouncer.unsubscribe,
-}
+ENDS: list[Any] = [EventBouncer.unsubscribe, lambda bouncer, subscription: bouncer.close()]
+ENDS += [lambda bouncer, subscription: bouncer.disconnect("x", "a")]
 
 
-@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("end", ENDS, ids=["unsubscribe", "close", "disconnect"])
 def test_fan_out_an_end_wakes_a_reader_and_twice_is_harmless(end: Any) -> None:
     """Then get raises what servers take for a client that left, now and each time."""
     bouncer = EventBouncer()
@@ -1685,10 +1488,8 @@ def test_fan_out_an_end_wakes_a_reader_and_twice_is_harmless(end: Any) -> None:
         end(bouncer, subscription)
     assert [] == reader.result()
     assert () == bouncer.subscribers
-    assert issubclass(Ended, BrokenPipeError)
-    for get in (subscription.get, subscription.get_nowait):
-        with pytest.raises(Ended, match=f"Errno {errno.EPIPE}"):
-            get()
+    with pytest.raises(BrokenPipeError, match=f"Errno {errno.EPIPE}"):
+        subscription.get()
 
 
 def test_subscription_is_the_reading_half_of_a_queue() -> None:
@@ -1713,7 +1514,6 @@ def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
     need("hypothesis")
     stateful = hypothesis.stateful
     channels = st.lists(st.sampled_from("ab"), max_size=2)
-    # Texts that are no ids were seen elsewhere, but for no text at all.
     foreign = ["1-1", f"{10**19}-0", f"{10**21}-0", "1_0-1", "١-1", "1-1\n", "x", "1-" * 50_000]
     lasts = st.sampled_from([None, None, "", "earliest", *foreign])
 
@@ -1723,43 +1523,40 @@ def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
         channels: list[str]
         held: list[tuple[str, str]]  # data and id
         limit: int  # how many it may hold
-        last: str | None = None
         is_open: bool = True
 
     class Machine(stateful.RuleBasedStateMachine):
+        ids: Any = stateful.Bundle("ids")
         readers: Any = stateful.Bundle("readers")
 
-        def __init__(self) -> None:
-            super().__init__()
+        @stateful.initialize(target=ids)
+        def begin(self) -> str:
             self.bouncer = EventBouncer(maxsize=2, history=3)
-            self.start = self.bouncer.latest_id() or ""
-            self.events: list[tuple[str, str, str | None]] = []  # data, id, channel: all there were
-            self.model: list[Reader] = []
+            start = self.bouncer.latest_id() or ""
+            # Data, id and channel of all that there was; to begin with, what nobody gets.
+            self.events: list[tuple[str, str, str | None]] = [("", start, "nobody's")]
+            self.model = list[Reader]()
             self.dropped = self.gaps = 0
+            return start
 
-        @stateful.rule(target=readers, channels=channels, last=lasts)
+        @stateful.rule(target=readers, channels=channels, last=ids | lasts)
         def come(self, channels: list[str], last: str | None) -> Reader:
-            count, ids = len(self.events), [self.start, *(id for _, id, _ in self.events)]
-            mine = [n for n, event in enumerate(self.events, 1) if event[2] in (None, *channels)]
-            lost = max([0, *(n for n in mine if n <= count - 3)])  # the newest that is not kept
-            seen: dict[Any, int] = {id: n for n, id in enumerate(ids)}
-            after = (seen | {None: count, "": count, "earliest": lost}).get(last, -1)
-            held = [self.events[n - 1][:2] for n in mine if n > max(after, lost)]
+            newest = len(self.events) - 1
+            mine = [n for n, event in enumerate(self.events) if event[2] in (None, *channels)]
+            lost = max([0, *(n for n in mine if n <= newest - 3)])  # the newest that is not kept
+            seen: dict[Any, int] = {id: n for n, (_, id, _) in enumerate(self.events)}
+            after = (seen | {None: newest, "": newest, "earliest": lost}).get(last, -1)
+            held = [self.events[n][:2] for n in mine if n > max(after, lost)]
             if after < lost:
                 self.gaps += 1
-                held.insert(0, (GAP, ids[lost]))
+                held.insert(0, (GAP, self.events[lost][1]))
             real = self.bouncer.subscribe(*channels, last_event_id=last)
             assert real.gap == (after < lost)
             self.model.append(Reader(real, channels, held, len(held) + 2))
             return self.model[-1]
 
-        @stateful.rule(target=readers, reader=stateful.consumes(readers))
-        def come_back(self, reader: Reader) -> Any:
-            self.unsubscribe(reader)
-            return self.come(reader.channels, reader.last or self.start)
-
-        @stateful.rule(channel=st.none() | st.sampled_from("ab"))
-        def broadcast(self, channel: str | None) -> None:
+        @stateful.rule(target=ids, channel=st.none() | st.sampled_from("ab"))
+        def broadcast(self, channel: str | None) -> str:
             data = str(len(self.events))
             self.bouncer.broadcast(data, channel=channel)
             self.events.append((data, self.bouncer.latest_id() or "", channel))
@@ -1770,6 +1567,7 @@ def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
                     else:
                         reader.is_open = False
                         self.dropped += 1
+            return self.events[-1][1]
 
         @stateful.rule(reader=readers)
         def read(self, reader: Reader) -> None:
@@ -1779,14 +1577,8 @@ def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
                 return
             (event,) = parse(reader.real.get_nowait())
             assert reader.held.pop(0) == (str(event), event.id)
-            reader.last = event.id
             if not reader.held:
                 reader.limit = 2
-
-        @stateful.rule(reader=readers)
-        def unsubscribe(self, reader: Reader) -> None:
-            self.bouncer.unsubscribe(reader.real)
-            reader.is_open = False
 
         @stateful.rule(channel=st.sampled_from("ab"))
         def disconnect(self, channel: str) -> None:
@@ -1798,7 +1590,7 @@ def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
         def agree(self) -> None:
             live = {reader.real for reader in self.model if reader.is_open}
             assert live == set(self.bouncer.subscribers)
-            counts = {"events": len(self.events), "dropped": self.dropped, "gaps": self.gaps}
+            counts = {"events": len(self.events) - 1, "dropped": self.dropped, "gaps": self.gaps}
             assert counts.items() <= self.bouncer.stats().items()
             for reader in self.model:
                 assert len(reader.held) == reader.real.qsize()
@@ -1829,24 +1621,19 @@ def test_history_numbers_events(feed: Any) -> None:
     bouncer.broadcast("a\nb", "greet", retry=7)
     frame, id = subscription.get(timeout=TIMEOUT), bouncer.latest_id()
     assert f"id: {id}\n" + format_sse("a\nb", "greet", retry=7) == frame
-    ids = ids_of(bouncer, *range(300))
-    restarted = feed(history=1)
-    assert are_increasing([start, id, *ids, *ids_of(restarted, "a")])
-    without = EventBouncer()
-    assert without.latest_id() is None
-    assert not without.subscribe(last_event_id=start).gap
+    assert are_increasing([start, id, *ids_of(bouncer, *range(300)), *ids_of(feed(history=1), 1)])
+    assert EventBouncer().latest_id() is None
 
 
-@pytest.mark.parametrize("after", range(5))
-def test_history_replays_what_was_missed(feed: Any, after: int) -> None:
+@pytest.mark.parametrize(("after", "missed"), [*enumerate([[GAP, *"234"], "234", "34", "4", ""])])
+def test_history_replays_what_was_missed(feed: Any, after: int, missed: Iterable[str]) -> None:
     """From memory, and at a process just started with a relay. The first of four is not kept."""
     bouncer = feed(history=3)
     ids = [bouncer.latest_id(), *ids_of(bouncer, *range(1, 5))]
     started = feed(history=3) if bouncer.relay else bouncer
     subscription = started.subscribe(last_event_id=ids[after])
     started.broadcast("live")
-    expected = [GAP] if after == 0 else []
-    expected += [*map(str, range(max(after, 1) + 1, 5)), "live"]
+    expected = [*missed, "live"]
     assert expected == next_datas(subscription, len(expected))
     assert subscription.gap is (after == 0)
 
@@ -1895,25 +1682,22 @@ def test_fan_out_in_a_child_that_reaches_no_stream_is_warned_of_once() -> None:
     assert 1 == run(PYTHON, __file__, "broadcast_in_child").stderr.count("of its parent")
 
 
+def test_history_of_each_process_that_uwsgi_forks_has_ids_of_its_own(tmp_path: Path) -> None:
+    """Its master has loaded the app, and forks without a word to Python."""
+    name, ids = json.dumps({"number": 0, "history": 1}), set[Any]()
+    with serve("uwsgi-3", tmp_path / "app", EARLY_BOUNCER=name) as server:
+        bouncer = Remote(server)
+        bouncer.name = name
+        latest_id = EventBouncer.latest_id
+        wait_until(lambda: len(ids) > 1, "two ids", lambda: ids.add(bouncer.do(latest_id)))
+
+
 def test_fan_out_one_warning_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:
     for most in (3, 4, 3):
         bouncer = EventBouncer(max_subscribers=most)
         kept = [bouncer.subscribe() for _ in range(most)]
         assert answer(bouncer.stream).startswith("retry: ") and kept
     assert 2 == caplog.text.count("come back later")
-
-
-def test_fan_out_refuses_who_comes_when_no_descriptor_is_left() -> None:
-    limits, bouncer = resource.getrlimit(resource.RLIMIT_NOFILE), EventBouncer()
-    body_of(app_of(bouncer.stream)).close()  # which imports what it needs
-    lowest_free = os.open(os.devnull, os.O_RDONLY)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
-    try:
-        body_of(app_of(bouncer.stream)).close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert 1 == bouncer.stats()["refused"]
 
 
 def test_fan_out_subscription_that_is_streamed_cannot_be_read() -> None:
@@ -1959,38 +1743,39 @@ def test_history_of_a_foreign_last_event_id_is_a_gap(foreign: str) -> None:
     assert [] == sent(EventBouncer(), foreign)
 
 
-# How many events are kept, and what a client gets that has missed three right after the state.
-STATES = [(3, ["0", "1", "2"]), (2, ["state 2"]), (0, ["state 2"])]
-
-
-@pytest.mark.parametrize(("history", "expected"), STATES)
-def test_history_snapshot_is_for_who_has_missed_something_for_good(
-    feed: Any, history: int, expected: list[str]
-) -> None:
+@pytest.mark.parametrize(("history", "text"), [(3, "0, 1, 2"), (2, "state 2"), (0, "state 2")])
+def test_history_snapshot_is_for_whom_something_is_lost(feed: Any, history: int, text: str) -> None:
     """In the place of the gap and of what is kept. Others resume from the id of their own."""
     bouncer, states = feed(history=history), map("state {}".format, itertools.count(1))
     newest = bouncer.latest_id()
     (state,) = sent(bouncer, snapshot=lambda: next(states))
     assert Event("state 1", "snapshot", newest or "") == state
     ids_of(bouncer, *range(3))
-    assert expected == list(map(str, sent(bouncer, state.id, snapshot=lambda: next(states))))
+    assert text == ", ".join(map(str, sent(bouncer, state.id, snapshot=lambda: next(states))))
 
 
-BAD_STATES = [
-    pytest.param(ValueError, lambda: "state", "earliest", id="earliest"),
-    pytest.param(ValueError, lambda: None, None, id="None"),
-    pytest.param(ZeroDivisionError, lambda: 1 / 0, None, id="raises"),
-]
+BAD_STATES: list[Any] = [(ValueError, lambda: "state", "earliest"), (ValueError, lambda: None, "")]
+BAD_STATES += [(ZeroDivisionError, lambda: 1 / 0, "")]
 
 
-@pytest.mark.parametrize(("error", "load", "last"), BAD_STATES)
+@pytest.mark.parametrize(("error", "load", "last"), BAD_STATES, ids=["earliest", "None", "raises"])
 def test_history_snapshot_that_is_refused_leaves_nothing(error: Any, load: Any, last: Any) -> None:
-    """The view raises; no subscription and no descriptor stays."""
-    bouncer, before = EventBouncer(history=1), descriptors()
+    """The view raises; no subscription stays."""
+    bouncer = EventBouncer(history=1)
     with pytest.raises(error), app_of(lambda: 0).test_request_context():
         bouncer.stream(snapshot=load, last_event_id=last)
     assert () == bouncer.subscribers
-    assert before == descriptors()
+
+
+def test_init_app_beside_a_reader_that_wakes_loses_nothing() -> None:
+    app = flask.Flask("app")
+    for _ in range(20):
+        bouncer = EventBouncer()
+        reader = Task(datas, bouncer.subscribe()).wait_until_blocked()
+        bouncer.broadcast("last")
+        bouncer.close()
+        bouncer.init_app(app)
+        assert ["last"] == reader.result()
 
 
 def settings(bouncer: EventBouncer) -> dict[str, Any]:
@@ -2017,14 +1802,11 @@ def test_init_app_takes_the_settings_of_the_environment(monkeypatch: Any) -> Non
     bouncer.close()
     create_app(bouncer)
     assert given == settings(bouncer)
-    with bouncer.subscribe() as subscription:
-        bouncer.broadcast("open again")
-        assert ["open again"] == held(subscription)
+    assert ids_of(bouncer, "it is open again")
 
 
-WRONG: list[tuple[str, Any]] = [("MAXSIZE", 0), ("HISTORY", "9"), ("HEARTBEAT", 0)]
-WRONG += [("DETACH", "False"), ("RETRY", [2, 1]), ("MAX_SUBSCRIBERS", 0), ("RELAY", "redis://x")]
-WRONG += [("REDIS_URL", "x"), ("HEARTBEAT_EVENT", "a\nb")]
+WRONG: list[tuple[str, Any]] = [("MAXSIZE", 0), ("HISTORY", "9"), ("DETACH", "False")]
+WRONG += [("RETRY", [2, 1]), ("RELAY", "redis://x"), ("REDIS_URL", "x")]
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
@@ -2038,15 +1820,10 @@ def test_init_app_with_what_is_wrong_changes_nothing(name: str, value: Any) -> N
 
 
 def test_on_close_of_thousands_that_end_at_once(caplog: Any) -> None:
-    """By one thread, in order, however far the server came with each; closed or just forgotten.
-    Whatever one raises is logged, and holds up none. Nobody is told of who was refused."""
+    """By one thread, in order, closed or just forgotten. What one raises is logged, and no more."""
     told, numbers = queue.SimpleQueue[int](), itertools.count()
     bouncer = EventBouncer(max_subscribers=2_001)
-
-    def fail() -> None:
-        raise KeyboardInterrupt  # no Exception, like gevent.Timeout
-
-    failing = body_of(app_of(lambda: bouncer.stream(on_close=fail)))
+    failing = body_of(app_of(lambda: bouncer.stream(on_close=sys.exit)))  # raises no Exception
     app = app_of(lambda: bouncer.stream(on_close=functools.partial(told.put, next(numbers))))
     bodies = deque(body_of(app) for _ in range(2_000))
     body_of(app).close()  # refused
@@ -2055,11 +1832,12 @@ def test_on_close_of_thousands_that_end_at_once(caplog: Any) -> None:
     failing.close()
     for _ in range(1_000):
         bodies.popleft().close()
-    for _ in range(1_000):
+    while bodies:
         bodies.popleft()
     assert [*range(2_000)] == [told.get(timeout=TIMEOUT) for _ in range(2_000)]
+    assert () == bouncer.subscribers
     assert 1 == [thread.name for thread in threading.enumerate()].count("sse_bouncer on_close")
-    assert "KeyboardInterrupt" in caplog.text
+    assert "SystemExit" in caplog.text
 
 
 # =================================================================================================
@@ -2072,10 +1850,10 @@ def test_hub_sends_events_in_order_and_to_the_byte(server: Server) -> None:
     bouncer = Remote(server, retry=1234)
     beats = Remote(server, heartbeat=0.05).client().wait_opening()
     client = bouncer.client("ada").wait_opening()
-    assert HEADERS.items() <= dict(client.head.getheaders()).items()
-    names = [name for name, _ in client.head.getheaders() if name != "Set-Cookie"]
     assert 200 == client.head.status
-    assert sorted(set(names)) == sorted(names)
+    assert "text/event-stream; charset=utf-8" == client.head.getheader("Content-Type")
+    assert "no-cache, no-store, no-transform" == client.head.getheader("Cache-Control")
+    assert "no" == client.head.getheader("X-Accel-Buffering")
     rows = [row for row in FRAMES if {"data"} == set(row[0]) and type(row[0]["data"]) is str]
     bouncer.broadcast(*[given["data"] for given, _, _ in rows])
     bouncer.disconnect("ada")
@@ -2097,12 +1875,9 @@ def check_many(bouncer: Remote, **options: Any) -> None:
         assert ["hi"] == client.datas(1)
         client.leave(leave)
     bouncer.wait_for(subscribers=1)
-    for client in clients:
-        client.leave()
     wait_until(lambda: server.count("fd") <= descriptors, "the descriptors are closed")
     assert ["hi"] == first.datas(1)
-    usual = r'127\.0\.0\.1 - - \[[^]]*\] "(?:GET|POST) /\S* HTTP/1.1" 200 '
-    usual += r"|.*Task queue depth|\[uwsgi-http .*reset by peer"
+    usual = r'127\.0\.0\.1 - - \[[^]]*\] "(?:GET|POST) /\S* HTTP/1.1" 200 |.*Task queue depth'
     assert [] == re.findall(rf"^(?!{usual}).+\n", server.log().removeprefix(log), re.M)
 
 
@@ -2110,13 +1885,6 @@ def check_many(bouncer: Remote, **options: Any) -> None:
 def test_hub_many_streams_hold_no_worker_and_leave_nothing(server: Server) -> None:
     """The only worker answers, with no more threads than for one. Who leaves is noticed at once."""
     check_many(Remote(server))
-
-
-def test_hub_many_streams_behind_uwsgis_own_router(tmp_path: Path) -> None:
-    with held_port() as port:
-        with serve("uwsgi-router", tmp_path, "--http", f"127.0.0.1:{port}") as server:
-            server.port = port  # the log has that of the process behind it
-            check_many(Remote(server))
 
 
 def test_hub_many_streams_behind_nginx_by_uwsgi_pass(tmp_path: Path) -> None:
@@ -2130,16 +1898,14 @@ def test_hub_burst_drops_nobody_who_keeps_up(server: Server) -> None:
     """Three megabytes of a loop reach all. A publisher does not run ahead of the hub."""
     bouncer = Remote(server)
 
-    def drain(client: Client) -> bytes:  # and parse nothing, to keep up
-        return b"".join(iter(functools.partial(client.socket.recv, 2**20), b""))
+    def drain(client: Client) -> list[int]:  # and parse nothing, to keep up
+        received = b"".join(iter(functools.partial(client.socket.recv, 2**20), b""))
+        return list(map(int, re.findall(rb"^data: +(\d+)\n", received, re.M)))
 
     readers = [Task(drain, bouncer.client("x").wait_opening()) for _ in range(5)]
     bouncer.broadcast(*[str(number).rjust(1024) for number in range(3_000)], channel="x")
     bouncer.disconnect("x")
-    for reader in readers:
-        assert [*range(3_000)] == list(
-            map(int, re.findall(rb"^data: +(\d+)\n", reader.result(), re.M))
-        )
+    assert [list(range(3_000))] * 5 == [reader.result() for reader in readers]
     assert 0 == bouncer.stats()["dropped"]
 
 
@@ -2154,14 +1920,12 @@ def test_hub_client_that_catches_up_within_a_second_stays(server: Server) -> Non
 
 
 def test_hub_stalled_client_is_dropped_and_resumes(server: Server) -> None:
-    """It gets what was held for it, and later what it missed; others lose nothing."""
-    bouncer = Remote(server, history=10_000)
-    stalled, total = bouncer.client(receive_buffer=4096), 0
-    others = [bouncer.client() for _ in range(2)]
+    """It gets what was held for it, and later what it missed; another loses nothing."""
+    bouncer, total = Remote(server, history=10_000), 0
+    stalled, other = bouncer.client(receive_buffer=4096), bouncer.client()
     while not bouncer.stats()["dropped"]:
         bouncer.broadcast(*(str(n).rjust(65536) for n in range(total, total + 15)))
-        for other in others:
-            assert list(range(total, total + 15)) == list(map(int, other.datas(15)))
+        assert list(range(total, total + 15)) == list(map(int, other.datas(15)))
         total += 15
     stalled.wait_end()
     events = list(stalled.unread)
@@ -2176,16 +1940,14 @@ def test_hub_stalled_client_is_dropped_and_resumes(server: Server) -> None:
 def test_hub_takes_no_notice_of_what_a_client_says(server: Server) -> None:
     """With its request or later, until it is too much; then it is cut off, and nobody else."""
     bouncer, saying = Remote(server), b"POST /do HTTP/1.1\r\nHost: x\r\n\r\n" + b"\0\xff" * 1000
-    for early, late in (saying, b""), (b"", saying):
-        client = bouncer.client("x", more=early)
-        client.say(late)
-        bouncer.broadcast("hi", channel="x")
-        assert ["hi"] == client.datas(1)
-    other = bouncer.client()
+    client, other = bouncer.client(more=saying), bouncer.client()
+    client.say(saying)
+    bouncer.broadcast("hi")
+    assert ["hi"] == client.datas(1)
     talk = functools.partial(client.say, b"blah" * 256)
-    wait_until(lambda: bouncer.stats()["subscribers"] == 2, "the talker is cut off", talk)
+    wait_until(lambda: bouncer.stats()["subscribers"] == 1, "the talker is cut off", talk)
     bouncer.broadcast("bye")
-    assert ["bye"] == other.datas(1)
+    assert ["hi", "bye"] == other.datas(2)
 
 
 MAKES = [functools.cache(EventBouncer), EventBouncer, lambda: EventBouncer(relay=Quiet())]
@@ -2205,15 +1967,15 @@ def test_hub_ends_with_its_last_stream_and_the_reader_with_its_bouncer(make: Any
 
 def test_hub_that_cannot_start_loses_no_event_and_leaves_nothing(monkeypatch: Any) -> None:
     """At the limit of threads a client gets what there is; it may have to come back then."""
-    bouncer, before, received = EventBouncer(), descriptors(), b""
+    bouncer, before = EventBouncer(), descriptors()
     with offered(bouncer.stream) as offer, monkeypatch.context() as patch:
         offer.begin()
         bouncer.broadcast("a")
         patch.setattr(threading.Thread, "start", fail_to_start)
         for wire in itertools.islice(offer.body, 1):  # what goes through the server
             offer.connection.sendall(wire)
-        while not received.endswith(b"data: a\n\n"):
-            received += offer.client.recv(4096) or pytest.fail(f"it ended after {received!r}")
+        received = functools.partial(offer.client.recv, 4096, socket.MSG_PEEK)
+        wait_until(lambda: received().endswith(b"data: a\n\n"), "it arrives")
     assert () == bouncer.subscribers
     assert before == descriptors()
 
@@ -2249,6 +2011,48 @@ def test_hub_is_not_waited_for_by_its_own_thread(server: Server) -> None:
 
 
 @detaching
+def test_hub_at_the_limit_of_descriptors(server: Server) -> None:
+    """Clients beyond it are told to come back; the others lose nothing. Who leaves makes room."""
+    bouncer, streams = Remote(server, retry=4321), list[Client]()
+
+    def come() -> None:
+        client = bouncer.request().wait_opening()
+        if client.body == b"retry: 4321\n":
+            return streams.append(client)
+        client.leave()
+
+    bouncer.do(limit_descriptors, server.count("fd") + 60)
+    try:
+        wait_until(lambda: bouncer.stats()["refused"] >= 3, "clients are refused", come)
+        for _ in range(5):
+            streams.pop().leave()
+        left = len(streams)
+        wait_until(lambda: len(streams) > left, "somebody is let in", come)
+        bouncer.broadcast("hi")
+        assert {"hi"} == {client.datas(1)[0] for client in streams}
+    finally:
+        bouncer.do(limit_descriptors, 4096)
+
+
+@on("sync", "gthread")
+def test_hub_at_the_limit_of_descriptors_refuses_generators_too(server: Server) -> None:
+    """Detached ones. Without a descriptor to accept with, gunicorn's worker would end."""
+    bouncer, clients = Remote(server), list[Client]()
+
+    def come() -> None:
+        clients.append(bouncer.request(view=generate).wait_opening())
+
+    bouncer.do(limit_descriptors, server.count("fd") + 60)
+    try:
+        come()
+        wait_until(lambda: clients[-1].body.startswith(b"retry: "), "one is told to wait", come)
+        bouncer.broadcast("hi", channel="x")
+        assert ["ada, secret", "hi"] == clients[0].datas(2)
+    finally:
+        bouncer.do(limit_descriptors, 4096)
+
+
+@detaching
 def test_hub_survives_what_nobody_has_thought_of(server: Server) -> None:
     """Another file comes in the place of a stream's: no other stream pays, no descriptor stays."""
     bouncer = Remote(server)
@@ -2262,40 +2066,25 @@ def test_hub_survives_what_nobody_has_thought_of(server: Server) -> None:
     wait_until(lambda: server.count("fd") <= before, "its descriptor is closed")
 
 
-@detaching
-def test_hub_at_the_limit_of_descriptors(server: Server) -> None:
-    """Clients beyond it are told to come back, in the log once; the others lose nothing."""
-    bouncer, told = Remote(server, retry=4321), server.log().count("come back later")
-    streams = list[Client]()
+@on("waitress")
+def test_hub_lets_in_no_more_than_select_takes(server: Server) -> None:
+    """At a larger descriptor waitress would end, with all its streams."""
+    bouncer, clients = Remote(server), list[Client]()
 
     def come() -> None:
-        client = bouncer.request().wait_opening()
-        if client.body == b"retry: 4321\n":
-            return streams.append(client)
-        assert [] == client.wait_end()
-        client.leave()
+        clients.append(bouncer.request().wait_opening())
 
-    bouncer.do(limit_descriptors, server.count("fd") + 60)
-    try:
-        wait_until(lambda: bouncer.stats()["refused"] >= 3, "clients are refused", come)
-        bouncer.wait_for(detached=len(streams), subscribers=len(streams))
-        assert told + 1 == server.log().count("come back later")
-        for _ in range(5):
-            streams.pop().leave()
-        left = len(streams)
-        wait_until(lambda: len(streams) > left, "somebody is let in", come)
-        bouncer.broadcast("hi")
-        assert {"hi"} == {client.datas(1)[0] for client in streams}
-    finally:
-        bouncer.do(limit_descriptors, 4096)
+    wait_until(lambda: bouncer.stats()["refused"] > 0, "a client is refused", come)
+    bouncer.broadcast("hi")
+    assert ["hi"] == clients[0].datas(1)
 
 
-def check_children(bouncer: Remote, statuses: set[int]) -> list[list[str]]:
+def check_children(bouncer: Remote) -> list[list[str]]:
     """Have two children; return what each of the parent's clients received."""
     clients = [bouncer.client("x") for _ in range(3)]
     bouncer.broadcast("before")
     for _ in range(2):
-        assert bouncer.do(fork) in statuses
+        assert bouncer.do(fork) in (7, 0)  # 0 if gunicorn's own greenlets have ended it
     bouncer.broadcast("after")
     bouncer.disconnect("x")
     return [client.wait_end() for client in clients]
@@ -2304,23 +2093,20 @@ def check_children(bouncer: Remote, statuses: set[int]) -> list[list[str]]:
 @detaching
 def test_hub_child_begins_with_nothing(server: Server) -> None:
     """A forked child ends normally; its parent's streams go on, and get nothing twice."""
-    # Under gevent gunicorn's own greenlets may end it, with 0.
-    statuses = {7, 0} if server.name == "gevent" else {7}
-    assert [["before", "after"]] * 3 == check_children(Remote(server, history=9), statuses)
+    assert [["before", "after"]] * 3 == check_children(Remote(server, history=9))
 
 
 @on("development", "sync", "gthread")
 def test_hub_child_has_a_relay_too(server: Server, redis: Redis) -> None:
     """Its own connection: the parent's clients get what it broadcasts, once."""
-    received = check_children(Remote(server, history=9, relay=redis.url), {7})
+    received = check_children(Remote(server, history=9, relay=redis.url))
     assert [["before", "of the child", "of the child", "after"]] * 3 == received
 
 
 def test_hub_child_under_gevent_ends_its_parents_greenlets(redis: Redis) -> None:
     """One that reads on would take Redis's answers away from the parent."""
     need("gevent")
-    options = ["-W", "ignore", "-m", "gevent.monkey"]
-    finished = run(PYTHON, *options, __file__, "fork_many", redis.url)
+    finished = run(PYTHON, "-W", "ignore", "-m", "gevent.monkey", __file__, "fork_many", redis.url)
     assert "" == finished.stderr
     assert list(map(str, range(20))) == finished.stdout.split()
 
@@ -2331,8 +2117,7 @@ def test_hub_child_holds_no_connection_of_its_parent(tmp_path: Path) -> None:
         bouncer = Remote(server)
         client = bouncer.client()
         bouncer.do(fork_and_stay)
-        children = Path(f"/proc/{server.process.pid}/task")
-        wait_until(lambda: any(f.read_text() for f in children.glob("*/children")), "a child")
+        wait_until(lambda: len(server.processes()) > 1, "a child")
         server.process.kill()
         assert [] == client.wait_end()
         server.bouncers.clear()
@@ -2341,8 +2126,7 @@ def test_hub_child_holds_no_connection_of_its_parent(tmp_path: Path) -> None:
 @development
 def test_hub_disconnect_delivers_what_slow_clients_have_still_to_get(server: Server) -> None:
     """Also to one that has said something since. Who takes nothing, or stays, is cut off."""
-    bouncer = Remote(server)
-    descriptors = server.count("fd")
+    bouncer, descriptors = Remote(server), server.count("fd")
     slow, stalled, stays = (bouncer.client("x", receive_buffer=4096) for _ in range(3))
     bouncer.broadcast(*(str(n).rjust(65536) for n in range(16)))
     bouncer.disconnect("x")
@@ -2356,14 +2140,14 @@ def test_hub_disconnect_delivers_what_slow_clients_have_still_to_get(server: Ser
     assert len(stalled.wait_end()) < 16
 
 
-def follow(seed: int, bouncer: Remote, last: str, settled: threading.Event) -> list[str]:
+def follow(seed: int, bouncer: Remote, last: str) -> list[str]:
     """Read over connections that are cut at random, until "end" has come."""
-    rng, seen = random.Random(seed), [""]
+    rng, seen = random.Random(seed), list[str]()
     url = bouncer.url(channel=[*"ab"][: seed % 3])
-    while seen[-1] != "end":
+    while "end" not in seen:
         client = Client(bouncer.server.port, url, headers={"Last-Event-ID": last})
         looks = rng.choice([0, 1, 2, 9])
-        while not client.ended and (looks > 0 or settled.is_set()) and "end" not in seen[-1:]:
+        while looks > 0 and not client.ended and "end" not in seen:
             client.read()
             looks -= 1
             seen += [str(client.unread.popleft()) for _ in range(len(client.unread))]
@@ -2372,25 +2156,24 @@ def follow(seed: int, bouncer: Remote, last: str, settled: threading.Event) -> l
             client.say(rng.randbytes(rng.randrange(10_000)))
         client.leave(rng.choice(["close", "reset", "half-close"]))
         client.leave()
-    return seen[1:]
+    return seen
 
 
 def check_followed(bouncer: Remote) -> None:
     """Clients that are cut at random get what is for them, once, from where they began."""
-    settled, rng, begin = threading.Event(), random.Random(1), bouncer.do(EventBouncer.latest_id)
-    tasks = [Task(follow, seed, bouncer, begin, settled) for seed in range(12)]
+    rng, begin = random.Random(1), bouncer.do(EventBouncer.latest_id)
+    tasks = [Task(follow, seed, bouncer, begin) for seed in range(12)]
     published: list[tuple[str, str | None]] = []
     for _ in range(40 * FUZZ):
         channel = rng.choice([None, "a", "b"])
         texts = [str(len(published) + i) for i in range(rng.choice([1, 1, 3, 15]))]
         bouncer.broadcast(*texts, channel=channel)
         published += [(text, channel) for text in texts]
-    settled.set()
     bouncer.broadcast("end")
     for seed, task in enumerate(tasks):
         mine = [None, *"ab"][: 1 + seed % 3]
-        due = [text for text, channel in [*published, ("end", None)] if channel in mine]
-        assert due == task.result()
+        due = [text for text, channel in published if channel in mine]
+        assert [*due, "end"] == task.result()
 
 
 def test_hub_fuzz_clients_cut_at_random_miss_nothing(server: Server) -> None:
@@ -2405,25 +2188,14 @@ def test_hub_fuzz_clients_cut_at_random_miss_nothing(server: Server) -> None:
 # =================================================================================================
 # RESPONSE: a stream as Flask and the server see it
 
-HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-store, no-transform",
-    "X-Accel-Buffering": "no",
-}
-
 
 @pytest.mark.parametrize(("retry", "opening"), [(None, ":"), (0, "retry: 0"), ((7, 7), "retry: 7")])
 def test_response_opening_is_one_line_and_no_block(retry: Any, opening: str) -> None:
-    """Of a block, client libraries would make an event. A client cut off after a gap resumes."""
-    bouncer = EventBouncer(retry=retry, history=2)
-    ids = ids_of(bouncer, *"abcd")
-    kept = f"id: {ids[2]}\ndata: c\n\nid: {ids[3]}\ndata: d\n\n"
-    gap = f"id: {ids[1]}\nevent: gap\ndata: \n\n"
-    cases = {"earliest": kept, ids[1]: kept, ids[0]: gap + kept, "1-1": gap + kept}
-    for last, expected in cases.items():
-        subscription = bouncer.subscribe(last_event_id=last)
-        bouncer.unsubscribe(subscription)
-        assert f"{opening}\n{expected}" == answer(functools.partial(sse_response, subscription))
+    """Of a block, client libraries would make an event."""
+    bouncer = EventBouncer(retry=retry)
+    with bouncer.subscribe() as subscription:
+        bouncer.broadcast("a")
+    assert f"{opening}\ndata: a\n\n" == answer(lambda: sse_response(subscription))
 
 
 @pytest.mark.parametrize("retry", [None, 0, (20_000, 30_000)])
@@ -2431,89 +2203,62 @@ def test_response_refused_is_told_to_come_back(retry: Any) -> None:
     """By a 200, as browsers give up at a 503; but not at once, and also by a closed bouncer."""
     low, high = retry or (5_000, 15_000)
     bouncer, retries = EventBouncer(max_subscribers=1, retry=retry), set[int]()
-    subscription = bouncer.subscribe()
-    for _ in range(20):
-        response = app_of(bouncer.stream).test_client().get("/")
-        assert 200 == response.status_code
-        assert HEADERS.items() <= dict(response.headers).items()
-        (number,) = re.findall(rb"^retry: ([0-9]+)\n: [^\n]+\n$", response.data)
-        retries.add(int(number))
-        bouncer.close()
+    with bouncer.subscribe():
+        for _ in range(20):
+            response = app_of(bouncer.stream).test_client().get("/")
+            assert 200 == response.status_code
+            (number,) = re.findall(rb"^retry: ([0-9]+)\n: [^\n]+\n$", response.data)
+            retries.add(int(number))
+            bouncer.close()
     assert len(retries) > 5
     assert low <= min(retries) <= max(retries) <= high
     assert 20 == bouncer.stats()["refused"]
-    assert [] == list(subscription)
 
 
-# Which event's id a request has in its header, its query and the view's argument; which counts.
-PRECEDENCE = [(0, 1, 2, 0), (None, 1, 2, 1), (None, None, 2, 2), (2, None, 0, 2)]
+# Whose ids a request has in its header, its query and the view's argument, 0 for none; what counts.
+PRECEDENCE = [(1, 2, 3, 1), (0, 2, 3, 2), (0, 0, 3, 3), (3, 0, 1, 3)]
 
 
 @pytest.mark.parametrize(("header", "query", "argument", "counts"), PRECEDENCE)
-def test_response_begins_after(header: Any, query: Any, argument: Any, counts: int) -> None:
+def test_response_begins_after(header: int, query: int, argument: int, counts: int) -> None:
     """The browser's own id, event-source-polyfill's lastEventId, what the page was rendered at."""
     bouncer = EventBouncer(history=9)
-    ids = ids_of(bouncer, *"abc")
-    app = app_of(lambda: bouncer.stream(last_event_id=None if argument is None else ids[argument]))
-    url = "/" if query is None else f"/?lastEventId={ids[query]}"
-    headers = {} if header is None else {"Last-Event-ID": ids[header]}
-    with app.test_client().get(url, headers=headers) as response:
+    ids = ["", *ids_of(bouncer, *"abc")]
+    client = app_of(lambda: bouncer.stream(last_event_id=ids[argument])).test_client()
+    headers = {"Last-Event-ID": ids[header]}
+    with client.get(f"/?lastEventId={ids[query]}", headers=headers) as response:
         bouncer.close()
-        assert "abc"[counts + 1 :] == "".join(map(str, parse(response.data.decode())))
+        assert "abc"[counts:] == "".join(map(str, parse(response.data.decode())))
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_response_of_items_is_these_and_nothing_else(caplog: Any, detach: bool) -> None:
     """By the app's JSON. What cannot be formatted is logged, and left out. None is skipped."""
-
-    class Ambiguous:
-        def __eq__(self, other: object) -> bool:  # as of an array of numpy
-            raise ValueError("it is neither true nor false")
-
     day = {"n": datetime.date(2030, 1, 2)}
-    items = ["a\nb", None, format_sse("c", "greet"), Ambiguous(), math.nan, day, b"bytes", ""]
+    items = ["a\nb", None, format_sse("c", "greet"), math.nan, day, b"bytes", ""]
     expected = "data: a\ndata: b\n\nevent: greet\ndata: c\n\n"
     expected += f"data: {flask.json.dumps(day)}\n\ndata: bytes\n\ndata: \n\n"
     assert expected == answer(lambda: sse_response((item for item in items), detach=detach))
-    assert ["ERROR"] * 2 == [record.levelname for record in caplog.records]
-    assert "nan" in caplog.messages[1]
+    (record,) = caplog.records
+    assert "ERROR" == record.levelname
+    assert "nan" in record.getMessage()
 
 
 @pytest.mark.parametrize("items", range(4))
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_response_closes_its_source_once(method: str, items: int) -> None:
+def test_response_closes_its_source(method: str, items: int) -> None:
     """However far the body was read, or not at all."""
-    closed = list[bool]()
-
-    class Source(list[str]):
-        def close(self) -> None:
-            closed.append(True)
-
-    body = body_of(app_of(lambda: sse_response(Source("ab"))), method)
+    source = io.StringIO("a\nb")
+    body = body_of(app_of(lambda: sse_response(source)), method)
     list(itertools.islice(body, items))
     body.close()
-    assert [True] == closed
+    assert source.closed
 
 
-WIRES = [("GET", [b":\n", b"data: hi\n\n"]), ("HEAD", [])]
-
-
-@pytest.mark.parametrize(("method", "wires"), WIRES)
-@pytest.mark.parametrize("closes", range(3))
-@pytest.mark.parametrize("items", range(3))
-def test_response_that_ends_releases_its_subscription(
-    items: int, closes: int, method: str, wires: list[bytes]
-) -> None:
-    """Never iterated, or left in the middle; and by a server that forgets to close it."""
-    bouncer = EventBouncer()
-    body = body_of(app_of(bouncer.stream), method)
-    bouncer.broadcast("hi")
-    assert wires[:items] == list(itertools.islice(body, items))
-    for _ in range(closes):
-        body.close()
-    del body
-    gc.collect()
-    assert () == bouncer.subscribers
+def test_response_to_head_has_the_headers_of_a_get() -> None:
+    client = app_of(EventBouncer().stream).test_client()
+    with client.get("/") as response:
+        assert response.headers == client.head("/").headers
 
 
 def test_response_is_not_held_back_by_eventlet() -> None:
@@ -2536,16 +2281,9 @@ def test_response_snapshot_is_first_and_nothing_of_meanwhile_is_lost(server: Ser
     assert 0 == bouncer.stats()["dropped"]
 
 
-def wait_left(bouncer: Remote, *users: str) -> None:
-    """Wait until so many have been told of, and see that they are these, in this order."""
-    wait_until(lambda: len(bouncer.do(what_was_seen).get("left", [])) >= len(users), "all told")
-    assert list(users) == bouncer.do(what_was_seen)["left"]
-
-
 @everywhere
 def test_response_on_close_is_called_once_for_each_end_in_order(server: Server) -> None:
-    """In the view's context: who left, was reset, vanished, logged out; and at the end. Only a
-    logout is an end that was meant: without a last chunk clients come back that look for one."""
+    """In the view's context. Only a logout is an end that was meant: others have no last chunk."""
     bouncer, users = Remote(server, maxsize=100), ["ada", "bob", "vic", "eve", "joe"]
     view: dict[str, Any] = {"view": subscribe_and_tell, "receive_buffer": 4096}
     ada, bob, _, eve, joe = (bouncer.client(user, **view) for user in users)
@@ -2561,23 +2299,24 @@ def test_response_on_close_is_called_once_for_each_end_in_order(server: Server) 
     bouncer.close()
     assert [] == joe.wait_end()
     assert joe.whole != server.kind.shows_cut
-    wait_left(bouncer, *users)
+    wait_until(lambda: len(bouncer.do(what_was_seen).get("left", [])) >= 5, "all are told of")
+    assert users == bouncer.do(what_was_seen)["left"]
 
 
-@detaching
-def test_response_on_close_that_blocks_holds_up_nothing(server: Server) -> None:
-    """No worker, no publisher and no stream; and the next one waits for it."""
-    bouncer = Remote(server)
-    bouncer.client(view=subscribe_and_block).leave()
-    bouncer.wait_for(subscribers=0)
-    bouncer.client("ada", view=subscribe_and_tell).leave()
-    bouncer.wait_for(subscribers=0)
-    client = bouncer.client()
-    bouncer.broadcast(*range(100))
-    assert list(map(str, range(100))) == client.datas(100)
-    assert "left" not in bouncer.do(what_was_seen)
-    bouncer.do(go_on)
-    wait_left(bouncer, "ada")
+def test_response_on_close_that_blocks_holds_up_nothing() -> None:
+    """No publisher and no stream; and the next one waits for it."""
+    bouncer, go_on, told = EventBouncer(), threading.Event(), threading.Event()
+    for on_close in (functools.partial(go_on.wait, TIMEOUT), told.set):
+        with offered(functools.partial(bouncer.stream, on_close=on_close)) as offer:
+            offer.detach()
+    wait_until(lambda: not bouncer.subscribers, "both have left")
+    with offered(bouncer.stream) as offer:
+        offer.detach()
+        bouncer.broadcast("a")
+        wait_until(lambda: offer.client.recv(4096).endswith(b"data: a\n\n"), "it arrives")
+    assert not told.is_set()
+    go_on.set()
+    assert told.wait(TIMEOUT)
 
 
 def test_response_through_the_server_limits_how_long_a_client_may_stall() -> None:
@@ -2603,12 +2342,8 @@ def test_response_of_a_generator_that_fails_at_once_is_500(server: Server) -> No
         server.clear()
 
 
-# Where a client can tell that it was cut off.
-CUT = [(kind, True) for kind in DETACHING if SERVERS[kind].shows_cut]
-CUT += [(kind, False) for kind in ("development", "sync", "gthread", "gevent", "pywsgi")]
-
-
-@pytest.mark.parametrize(("server", "detach"), CUT, indirect=["server"])
+@pytest.mark.parametrize("detach", [False, True])
+@on("development", "sync", "gthread", "gevent", "pywsgi")  # where a client can tell
 def test_response_of_a_generator_that_fails_later_is_cut_off(server: Server, detach: bool) -> None:
     """After a retry of ten seconds. The log has its traceback, once."""
     before, bouncer = server.log().count("ZeroDivisionError: "), Remote(server, detach=detach)
@@ -2620,6 +2355,13 @@ def test_response_of_a_generator_that_fails_later_is_cut_off(server: Server, det
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         server.clear()
     assert before + 1 == server.log().count("ZeroDivisionError: ")
+
+
+def test_response_of_a_generator_whose_own_connection_fails_at_once_is_an_error() -> None:
+    """Servers take a ConnectionError for a client that has left: no answer, and no log."""
+    items = (socket.create_connection(("127.0.0.1", port)) for port in [1])
+    with pytest.raises(RuntimeError, match="a generator failed"):
+        list(body_of(app_of(lambda: sse_response(items))))
 
 
 def test_response_that_a_hook_reads_is_an_error_and_no_hang() -> None:
@@ -2692,17 +2434,21 @@ def test_takeover_leaves_another_status_to_the_server(server: Server) -> None:
     assert 1 == server.log().count("goes through the server")
 
 
-@on("development", "gevent")  # what compresses holds back, and others have one thread
-def test_takeover_leaves_what_is_compressed_to_the_server(server: Server) -> None:
-    need("flask_compress")
-    bouncer, accepts = Remote(server), {"Accept-Encoding": "deflate"}
-    client = bouncer.request("x", query={"compressed": 1}, headers=accepts)
-    bouncer.wait_for(subscribers=1, detached=0)
-    bouncer.broadcast("hi")
-    bouncer.disconnect("x")
-    client.wait_end()
-    assert client.whole
-    assert b":\ndata: hi\n\n" == zlib.decompress(client.body)
+def test_takeover_leaves_what_middleware_has_changed_to_the_server() -> None:
+    bouncer = EventBouncer()
+    with offered(bouncer.stream) as offer:
+        next(offer.body)
+        offer.connection.sendall(b"HTTP/1.1 200 OK\r\n\r\nchanged")
+        bouncer.broadcast("a")
+        assert b"data: a\n\n" == next(offer.body)
+        assert b"HTTP/1.1 200 OK\r\n\r\nchanged" == offer.client.recv(4096)
+
+
+def test_takeover_of_a_generator_that_is_given_back_and_fails_tells_its_client_to_wait() -> None:
+    with offered(lambda: sse_response((1 / 0 for _ in "a"), detach=True)) as offer:
+        next(offer.body)
+        offer.connection.sendall(b"changed")
+        assert b"retry: 10000\n" == next(offer.body)
 
 
 @detaching
@@ -2715,36 +2461,24 @@ def test_takeover_leaves_a_short_and_normal_request(server: Server) -> None:
     if server.kind.has_log:
         server.wait_for_log(r"GET /subscribe.*watched=1.* 200 ")
     wait_until(lambda: bouncer.do(what_was_seen) == expected, "it has ended")
-    ended = bouncer.request("x", query={"ended": 1})
-    assert ["a"] == ended.wait_end()
+    assert ["a"] == bouncer.request("x", query={"ended": 1}).wait_end()
     assert ["a", "a"] == client.wait_end()
 
 
-@pytest.mark.parametrize("kind", WORKERS)
-def test_takeover_of_a_unix_socket(kind: str, tmp_path: Path) -> None:
-    path = str(tmp_path / "socket")
-    with serve(kind, tmp_path / "app", "--bind", f"unix:{path}") as server:
-        bouncer = Remote(server)
-        client = bouncer.client(address=path)
-        bouncer.broadcast("hi")
-        assert ["hi"] == client.datas(1)
-
-
-TLS = [("development", "--cert certificate --key key")]
-TLS += [(kind, "--certfile certificate --keyfile key") for kind in ("gthread-served", "gevent")]
+TLS = ["development --cert certificate --key key"]
+TLS += [f"{kind} --certfile certificate --keyfile key" for kind in ("gthread-served", "gevent")]
 
 
 @pytest.mark.parametrize(("view", "first"), [(subscribe, ":"), (generate, "data: ada, secret")])
-@pytest.mark.parametrize(("kind", "options"), TLS)
-def test_takeover_leaves_tls_to_the_server(
-    kind: str, options: str, view: Any, first: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("tls", TLS)
+def test_takeover_leaves_tls_to_the_server(tls: str, view: Any, first: str, tmp_path: Path) -> None:
     """Also what a generator yields that asks for detach=True, and it has the view's context."""
     need("openssl")
     command = "openssl req -x509 -newkey rsa:2048 -noenc -subj /CN=x -keyout key -out certificate"
     made = run(*command.split(), "-addext", "subjectAltName=IP:127.0.0.1", cwd=tmp_path)
     assert 0 == made.returncode, made.stderr
-    with serve(kind, tmp_path, *options.split()) as server:
+    kind, *switches = tls.split()
+    with serve(kind, tmp_path, *switches) as server:
         server.tls = ssl.create_default_context(cafile=tmp_path / "certificate")
         bouncer = Remote(server, detach=True)
         with server.open(bouncer.url(view, channel="x")) as stream:
@@ -2783,8 +2517,6 @@ def test_takeover_of_a_large_head_or_of_one_that_is_too_large(server: Server) ->
     while failed.socket.recv(65536):
         pass
     failed.leave()  # for which gunicorn waits
-    bouncer.broadcast("hi")
-    assert ["hi"] == client.datas(1)
     bouncer.wait_for(subscribers=1, detached=1)
     with contextlib.suppress(AssertionError):  # what the log says is the server's own
         server.clear()
@@ -2856,11 +2588,11 @@ def test_takeover_of_more_than_a_thousand_generators_leaves_them_to_the_server()
 
     def items() -> Iterator[str]:
         names.put(threading.current_thread().name)
+        if threading.current_thread() is not threading.main_thread():
+            end.wait(TIMEOUT)
         yield "x"
-        end.wait(TIMEOUT)
 
-    def start() -> str:
-        """Have one more run, and return the name of its thread. Its client leaves at once."""
+    def start() -> str:  # its client leaves at once
         with offered(lambda: sse_response(items(), detach=True)) as offer:
             offer.begin()
             next(offer.body, None)
@@ -2871,21 +2603,6 @@ def test_takeover_of_more_than_a_thousand_generators_leaves_them_to_the_server()
     end.set()
     wait_until(lambda: {*threading.enumerate()} <= others, "the threads end")
     assert "sse_bouncer generator" == start()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_takeover_of_a_generator_that_exits_when_it_is_closed_ends_the_stream() -> None:
-    threads = {*threading.enumerate()}
-
-    class Source(list[str]):
-        def close(self) -> None:
-            raise SystemExit
-
-    with offered(lambda: sse_response(Source("ab"), detach=True)) as offer:
-        offer.detach()
-        with offer.client.makefile("rb") as received:
-            assert received.read().endswith(b"data: a\n\ndata: b\n\n")
-    wait_until(lambda: {*threading.enumerate()} <= threads, "its thread ends")
 
 
 def test_takeover_of_a_connection_that_its_server_has_closed_harms_no_other() -> None:
@@ -2908,7 +2625,7 @@ def test_takeover_of_a_child_that_ends_does_not_end_its_parents_streams(server: 
     told = bouncer.client("ada", view=subscribe_and_tell)
     assert 7 == bouncer.do(exit_in_child)
     told.leave()
-    wait_left(bouncer, "ada")
+    server.wait_for_log("ada left", before + 1)
     bouncer.broadcast("hi")
     bouncer.disconnect("x")
     assert ["hi"] == client.wait_end()
@@ -2966,28 +2683,9 @@ def wait_until_idle(server: Server) -> None:
     lock at a signal that comes in the moment of an accept."""
 
     def is_idle() -> bool:
-        stats = [(process / "stat").read_text() for process in server.processes()]
-        return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"S"}
+        return all(") S " in (process / "stat").read_text() for process in server.processes())
 
     wait_until(is_idle, "they sleep")
-
-
-@contextlib.contextmanager
-def streaming(kind: str, folder: Path, *options: str, count: int = 20) -> Iterator[Server]:
-    """Run a server with open streams."""
-    app = write_app(folder, "from test_sse_bouncer import app")
-    with serve(kind, folder, *options, app=app) as server:
-        Remote(server).streams(count)
-        wait_until_idle(server)
-        yield server
-
-
-def check_restarted(server: Server) -> None:
-    """All streams end, and there may be new ones."""
-    for client in server.clients:
-        assert [] == client.wait_end()
-    server.wait_for_log("Booting worker|Debugger PIN", times=2)
-    assert Remote(server).client()
 
 
 STOPS = [("sync", "SIGTERM", 1_000), ("gevent", "SIGTERM", 20), ("uwsgi", "SIGTERM", 20)]
@@ -2996,50 +2694,45 @@ STOPS += [(kind, "SIGINT", 20) for kind in ("development", "gthread", "waitress"
 
 @pytest.mark.parametrize(("kind", "how", "count"), STOPS)
 def test_stopping_ends_all_streams(kind: str, how: str, count: int, tmp_path: Path) -> None:
-    with streaming(kind, tmp_path, count=count) as server:
+    with serve(kind, tmp_path) as server:
+        clients = Remote(server).streams(count)
+        wait_until_idle(server)
         server.process.send_signal(getattr(signal, how))
-        for client in server.clients:
-            assert [] == client.wait_end()
+        assert [[]] * count == [client.wait_end() for client in clients]
         server.process.wait(TIMEOUT)
 
 
 @pytest.mark.parametrize("kind", WORKERS)
 def test_stopping_for_a_reload_ends_all_streams(kind: str, tmp_path: Path) -> None:
-    with streaming(kind, tmp_path) as server:
+    """And there may be new ones."""
+    with serve(kind, tmp_path) as server:
+        clients = Remote(server).streams(20)
+        wait_until_idle(server)
         server.process.send_signal(signal.SIGHUP)
-        check_restarted(server)
+        assert [[]] * 20 == [client.wait_end() for client in clients]
+        server.wait_for_log("Booting worker", times=2)
+        assert Remote(server).client()
 
 
-def test_stopping_for_changed_code_ends_all_streams(tmp_path: Path) -> None:
-    with streaming("development", tmp_path, "--debug") as server:
-        (tmp_path / "app.py").touch()
-        check_restarted(server)
-
-
-RECIPES = [("gthread-served", how) for how in ("SIGTERM", "SIGINT", "SIGQUIT")]
-
-
-@pytest.mark.parametrize(("kind", "how"), [*RECIPES, ("gevent", "SIGTERM")])
+@pytest.mark.parametrize("kind", ["gthread-served", "gevent"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGQUIT"])
 def test_stopping_recipe_ends_streams_first(kind: str, how: str, tmp_path: Path) -> None:
     """The documented hook, as it stands, ends what holds workers before gunicorn waits for them."""
-    story = inspect.cleandoc(EventBouncer.close.__doc__ or "")
-    hook = "\n".join(re.findall(r"^ {4}(.*)", story, re.M))
+    hook = "\n".join(re.findall(r"^ {4}(.*)", inspect.getdoc(EventBouncer.close) or "", re.M))
     (tmp_path / "gunicorn.conf.py").write_text(hook, "utf-8")
     first = BLOCKS[0].replace("EventBouncer()", "EventBouncer(detach=False)")
     assert "detach=False" in first
     with serve(kind, tmp_path, app=write_app(tmp_path, first)) as server:
-        for _ in range(2):
-            server.client("/subscribe").wait_opening()
+        clients = [server.client("/subscribe").wait_opening() for _ in range(2)]
         wait_until_idle(server)
         server.process.send_signal(getattr(signal, how))
-        for client in server.clients:
+        for client in clients:
             assert [] == client.wait_end()
             client.leave()  # for which gunicorn waits
         server.process.wait(TIMEOUT)
 
 
-LAST = [(kind, "SIGTERM") for kind in WORKERS]
-LAST += [(kind, "SIGINT") for kind in ("development", "waitress")]
+LAST = [*((kind, "SIGTERM") for kind in WORKERS), ("development", "SIGINT"), ("waitress", "SIGINT")]
 
 
 @pytest.mark.parametrize(("kind", "how"), LAST)
@@ -3050,12 +2743,11 @@ def test_stopping_sends_all_and_closes_generators(kind: str, how: str, tmp_path:
         readers = [Task(client.wait_end) for client in bouncer.streams(100)]
         told = Remote(server).client("ada", view=subscribe_and_tell)
         endless = Remote(server).request(view=generate, query={"endless": 1})
-        clients = [endless, *generating(Remote(server), 1)]
-        others = [Task(client.wait_end) for client in [told, *clients]]
+        clients = [told, endless, *generating(Remote(server), 1)]
+        others = [Task(client.wait_end) for client in clients]
         ahead(Remote(server))
         Task(bouncer.do, broadcast_and_end, how)  # not answered by a server that ends at once
-        for reader in readers:
-            assert list(map(str, range(100))) == reader.result()
+        assert [list(map(str, range(100)))] * 100 == [reader.result() for reader in readers]
         for other in others:
             other.result()
         wait_until(lambda: server.log().count("finally") == 3, "the generators are closed")
@@ -3070,7 +2762,7 @@ def exit_after_an_end(descriptor: str) -> None:
     bouncer, connection = EventBouncer(), socket.socket(fileno=int(descriptor))
     body = iter(body_of(app_of(lambda: bouncer.stream("x")), offered=connection))
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    connection.sendall(head + b"2\r\n%b\r\n" % next(body))
+    connection.sendall(b"%b2\r\n%b\r\n" % (head, next(body)))
     assert [] == list(body)
     bouncer.broadcast("last")
     bouncer.disconnect("x")
@@ -3082,9 +2774,7 @@ def test_stopping_sends_the_end_of_a_body_that_comes_right_before_it() -> None:
         program = [PYTHON, __file__, "exit_after_an_end", str(ours.fileno())]
         assert "" == run(*program, pass_fds=[ours.fileno()]).stderr
         ours.close()
-        theirs.settimeout(TIMEOUT)
-        received = b"".join(iter(functools.partial(theirs.recv, 4096), b""))
-        assert received.endswith(b"data: last\n\n\r\n0\r\n\r\n")
+        assert theirs.recv(4096).endswith(b"data: last\n\n\r\n0\r\n\r\n")
 
 
 # =================================================================================================
@@ -3130,25 +2820,6 @@ def chromium(browser: Any, url: str) -> Iterator[Event]:
         yield Event(*browser.execute_script(f"return read[{place}]"))
 
 
-def curl(url: str) -> Iterator[Event]:
-    parser = Parser()
-    with subprocess.Popen(["curl", "-sSN", "--compressed", url], stdout=-1) as process:
-        try:
-            for line in process.stdout or []:
-                yield from parser.feed(line)
-        finally:
-            process.kill()
-
-
-def httpx_sse(url: str) -> Iterator[Event]:
-    import httpx
-    from httpx_sse import connect_sse
-
-    with httpx.Client(timeout=TIMEOUT) as client, connect_sse(client, "GET", url) as source:
-        for event in source.iter_sse():
-            yield Event(event.data, event.event, event.id)
-
-
 def sseclient(url: str) -> Iterator[Event]:
     import requests
     from sseclient import SSEClient
@@ -3158,13 +2829,17 @@ def sseclient(url: str) -> Iterator[Event]:
             yield Event(event.data, event.event, event.id or "")
 
 
-@pytest.fixture(params=[chromium, curl, httpx_sse, sseclient])
+@pytest.fixture(params=[chromium, sseclient])
 def reads(request: pytest.FixtureRequest) -> Callable[[str], Iterator[Event]]:
     """A client that reads the stream at a URL."""
     if request.param is chromium:
         return functools.partial(chromium, request.getfixturevalue("browser"))
     need(request.param.__name__)
     return request.param  # type: ignore[no-any-return]
+
+
+def direct(port: int, folder: Path) -> contextlib.AbstractContextManager[int]:
+    return contextlib.nullcontext(port)
 
 
 @contextlib.contextmanager
@@ -3198,38 +2873,22 @@ TEXTS += [({"data": "x" * 100_000}, [Event("x" * 100_000)])]
 TEXTS += [({"data": "", "event": "done"}, [Event("", "done")])]
 
 
-@pytest.fixture
-def way(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Iterator[int]:
-    """A port at which the server is reached."""
-    if request.param == "direct":
-        yield server.port
-        return
-    with nginx(server.port, tmp_path) as port:
-        yield port
-
-
-WAYS = [("development", "direct"), ("development", "nginx"), ("gthread", "direct")]
-
-
-@pytest.mark.parametrize(("server", "way"), WAYS, indirect=True)
-def test_client_has_each_event_before_the_next_is_broadcast(
-    server: Server, way: int, reads: Any
-) -> None:
+@development
+@pytest.mark.parametrize("way", [direct, nginx])
+def test_client_has_each_event_at_once(server: Any, way: Any, reads: Any, tmp_path: Path) -> None:
     """To the character, and no event that nobody sent. Through nginx, with gzip, it is the same."""
     bouncer, read = Remote(server, history=100, heartbeat=0.02, retry=1000), list[Event]()
-    beats = bouncer.client()
-    with contextlib.closing(reads(f"http://127.0.0.1:{way}{bouncer.url()}")) as events:
-        for number, (fields, _) in enumerate(TEXTS):
-            coming = Task(next, events)
-            bouncer.wait_for(subscribers=2)
-            if number % 8 == 0:  # heartbeats come between events, and before them
-                beats.wait_for_beats(3)
-            bouncer.broadcast(fields["data"], event=fields.get("event"))
-            read.append(coming.result())
+    with way(server.port, tmp_path) as port:
+        with contextlib.closing(reads(f"http://127.0.0.1:{port}{bouncer.url()}")) as events:
+            for fields, _ in TEXTS:
+                coming = Task(next, events)
+                bouncer.wait_for(subscribers=1)
+                bouncer.broadcast(fields["data"], event=fields.get("event"))
+                read.append(coming.result())
+        bouncer.wait_for(subscribers=0)
     expected = [(event.data, event.type) for _, events in TEXTS for event in events]
     assert expected == [(event.data, event.type) for event in read]
     assert are_increasing(event.id for event in read)
-    bouncer.wait_for(subscribers=1)
 
 
 @development
@@ -3253,25 +2912,19 @@ def test_client_comes_back_by_itself_and_misses_nothing(server: Server, browser:
 README = (ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else ""
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 README_TESTS = "\n".join(block for block in BLOCKS if "def test_" in block)
-
-
-def readme_app(relay: str) -> str:
-    """The README's app: all its blocks but its tests; with its line for a relay if one is given."""
-    app = "\n".join(block for block in BLOCKS if block not in README_TESTS)
-    if relay:
-        (made,) = re.findall(r"`(EventBouncer\(history=1000, relay=[^`]*)`", README)
-        made = re.sub(r"redis://[\w.:]+", relay, made)
-        line = f"from sse_bouncer import RedisRelay; bouncer = {made}"
-        app = app.replace("bouncer = EventBouncer()", line)
-    return app
+README_APP = "\n".join(block for block in BLOCKS if "def test_" not in block)
 
 
 @pytest.fixture(scope="session", params=["development", "gthread-served"])
 def readme(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The README's app, under the development server, and under gunicorn with its relay."""
-    relay = "" if request.param == "development" else request.getfixturevalue("redis").url
-    folder = tmp_path_factory.mktemp("readme")
-    with serve(request.param, folder, app=write_app(folder, readme_app(relay))) as server:
+    app, folder = README_APP, tmp_path_factory.mktemp("readme")
+    if request.param != "development":
+        (made,) = re.findall(r"`(EventBouncer\(history=1000, relay=[^`]*)`", README)
+        made = re.sub(r"redis://[\w.:]+", request.getfixturevalue("redis").url, made)
+        line = f"from sse_bouncer import RedisRelay; bouncer = {made}"
+        app = app.replace("bouncer = EventBouncer()", line)
+    with serve(request.param, folder, app=write_app(folder, app)) as server:
         yield server
 
 
@@ -3316,18 +2969,7 @@ def test_readme_progress_ends_for_good(readme: Server) -> None:
     assert [{"done": n + 1, "of": 20} for n in range(20)] == [json.loads(step) for step in steps]
     last = client.unread[-1]
     assert "done" == last.type
-    assert "end" == last.id
     assert 204 == readme.client("/progress", headers={"Last-Event-ID": last.id}).head.status
-
-
-def test_readme_factory_takes_its_setting(tmp_path: Path) -> None:
-    """By the command that is shown there."""
-    (command,) = re.findall(r"`FLASK_SSE_HISTORY=(\d+) \S*flask --app app:create_app run`", README)
-    write_app(tmp_path, readme_app(""))
-    code = "import app; app.create_app(); print(app.bouncer.history)"
-    environ = environment(FLASK_SSE_HISTORY=command)
-    finished = run(sys.executable, "-c", code, cwd=tmp_path, env=environ)
-    assert f"{command}\n" == finished.stdout, finished.stderr
 
 
 def test_readme_page_of_todos(browser: Any, tmp_path: Path) -> None:
@@ -3335,7 +2977,7 @@ def test_readme_page_of_todos(browser: Any, tmp_path: Path) -> None:
     (page,) = re.findall(r"^```html\n(.*?)^```", README, re.M | re.S)
     (tmp_path / "static").mkdir()
     (tmp_path / "static" / "todos.html").write_text(page, "utf-8")
-    with serve("development", tmp_path, app=write_app(tmp_path, readme_app(""))) as server:
+    with serve("development", tmp_path, app=write_app(tmp_path, README_APP)) as server:
         browser.get(f"http://127.0.0.1:{server.port}/static/todos.html")
         wait_in_page(browser, "list.innerText === 'tea'")
         url = f"http://127.0.0.1:{server.port}/todos/2"
@@ -3344,7 +2986,7 @@ def test_readme_page_of_todos(browser: Any, tmp_path: Path) -> None:
 
 
 def test_readme_tests_pass(tmp_path: Path) -> None:
-    write_app(tmp_path, readme_app(""))
+    write_app(tmp_path, README_APP)
     (tmp_path / "test_app.py").write_text(README_TESTS, "utf-8")
     finished = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=tmp_path)
     assert re.search(r"^[1-9]\d* passed", finished.stdout, re.M), finished.stdout
@@ -3372,9 +3014,6 @@ def test_example_page(browser: Any, tmp_path: Path) -> None:
         server.ask("/publish", "<b>tea</b> & cake 😀".encode())
         wait_in_page(browser, "document.body.innerText.includes('<b>tea</b> & cake 😀')")
         assert server.client("/progress").events(1)
-        with pytest.raises(OSError, match="400") as refusal:
-            server.ask("/publish", b"\xff")
-        refusal.value.close()  # type: ignore[attr-defined]
 
 
 # =================================================================================================
@@ -3385,8 +3024,8 @@ WITHOUT_FLASK = """
 import logging, os, signal, sys, threading
 sys.modules["flask"] = sys.modules["werkzeug"] = None  # an import of either now fails
 def state():
-    handlers = [signal.getsignal(n) for n in signal.valid_signals()]
-    return handlers, os.listdir("/dev/fd"), logging.root.handlers, threading.enumerate()
+    handlers = [*map(signal.getsignal, signal.valid_signals()), *logging.root.handlers]
+    return handlers, os.listdir("/dev/fd"), threading.enumerate()
 before, modules = state(), set(sys.modules)
 from sse_bouncer import *
 loaded = {name.partition(".")[0] for name in set(sys.modules) - modules} - {"sse_bouncer"}
@@ -3395,7 +3034,6 @@ assert before == state()
 bouncer = EventBouncer(relay=RedisRelay.from_url(*sys.argv[1:]))
 bouncer.broadcast({"n": 1}, channel="a")
 assert threading.enumerate() == [threading.main_thread()]
-print("done")
 """
 
 
@@ -3404,38 +3042,22 @@ def test_promise_import_starts_nothing_and_needs_no_flask(processes: Processes) 
     subscription = processes().subscribe("a")
     finished = run(sys.executable, "-c", WITHOUT_FLASK, processes.redis.url, processes.key)
     assert "" == finished.stderr
-    assert "done\n" == finished.stdout
     assert ['{"n": 1}'] == next_datas(subscription, 1)
-
-
-USER = """\
-from flask import Response
-from sse_bouncer import EventBouncer, Frame, Subscription, format_sse, sse_response
-bouncer = EventBouncer(heartbeat=None, retry=(1_000, 5_000))
-subscription: Subscription = bouncer.subscribe("news")
-frame: Frame = format_sse({"n": 1}, "greet", id=7)
-count: int = bouncer.stats()["subscribers"]
-responses: list[Response] = [bouncer.stream(), sse_response(["a"])]
-reveal_type(subscription.get())
-bouncer.broadcast(frame, channel=5)
-"""
 
 
 def test_promise_types_reach_users_of_the_wheel(tmp_path: Path) -> None:
     """mypy --strict sees the installed wheel's types: right code passes, wrong code does not."""
     need("mypy", "hatchling")
-    site, pip = tmp_path / "site", [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    site, pip = tmp_path / "site", [PYTHON, "-m", "pip", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--target", str(site)]
     assert "Successfully installed" in run(*pip, "install", *options, str(ROOT)).stdout
-    (tmp_path / "user.py").write_text(USER, "utf-8")
-    mypy = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, "user.py"]
+    example = (ROOT / "example_app.py").read_text("utf-8")
+    (tmp_path / "user.py").write_text(example + 'bouncer.broadcast("x", channel=5)', "utf-8")
+    mypy = [PYTHON, "-m", "mypy", "--strict", "--cache-dir", os.devnull, "user.py"]
     finished = run(*mypy, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(site)})
-    revealed, wrong, _ = finished.stdout.splitlines()
-    assert 'user.py:8: note: Revealed type is "sse_bouncer.Frame"' == revealed
-    assert wrong.startswith('user.py:9: error: Argument "channel" to "broadcast"')
+    wrong, _ = finished.stdout.splitlines()
+    assert 'error: Argument "channel" to "broadcast"' in wrong
 
 
-if __name__ == "__main__":
-    programs: list[Callable[..., None]] = [run_pywsgi, patch_late, fork_many, broadcast_in_child]
-    programs += [exit_after_an_end]
-    {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])
+if __name__ == "__main__":  # a function of this file, and its arguments
+    globals()[sys.argv[1]](*sys.argv[2:])
