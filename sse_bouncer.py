@@ -1885,7 +1885,8 @@ _HEADERS = {
     "Cache-Control": "no-cache, no-store, no-transform",
     "X-Accel-Buffering": "no",
 }
-_SUCCESS = re.compile(rb"HTTP/1\.[01] 200 ")
+# uWSGI answers with the protocol that nginx passes on, which may be HTTP/2.0.
+_SUCCESS = re.compile(rb"HTTP/[0-9.]+ 200 ")
 _CHANGES_BODY = re.compile(rb"\r\ncontent-(encoding|length):", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked(?=\r\n|$)", re.IGNORECASE)
 _CONNECTION = re.compile(rb"\r\nconnection:[^\r\n]*", re.IGNORECASE)
@@ -2253,8 +2254,6 @@ def _connection_of(environ: Mapping[str, Any]) -> _Connection | None:
     | gevent.pywsgi | ``wsgi.input``, which reads from a file that has the socket              |
     | uWSGI         | ``uwsgi.connection_fd()``, documented; only the descriptor               |
     """
-    if not environ.get("SERVER_PROTOCOL", "").startswith("HTTP/1"):  # streams share a connection
-        return None
     try:
         connection = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
         if connection is None and "waitress.client_disconnected" in environ:
@@ -2263,8 +2262,8 @@ def _connection_of(environ: Mapping[str, Any]) -> _Connection | None:
             connection = environ["wsgi.input"].rfile.raw._sock
         elif connection is None and "uwsgi.version" in environ:
             return _Connection(None, sys.modules["uwsgi"].connection_fd(), None)
-        if connection is None:
-            return None
+        if connection is None or environ["SERVER_PROTOCOL"] not in ("HTTP/1.0", "HTTP/1.1"):
+            return None  # of HTTP/2, several requests share a connection
         blocking = connection if connection.gettimeout() is None else None
         return _Connection(connection, connection.fileno(), blocking)
     except (AttributeError, KeyError) as error:

@@ -1051,6 +1051,16 @@ def test_bad_input_is_refused(name: str) -> None:
             assert len(str(caught.value)) < 500
 
 
+def test_bad_input_reaches_nobody() -> None:
+    bouncer = EventBouncer(history=9)
+    with bouncer.subscribe() as subscription:
+        for bad in ({1, 2}, "\ud800"):
+            with pytest.raises((TypeError, ValueError)):
+                bouncer.broadcast(bad)
+        bouncer.broadcast("good")
+        assert ["good"] == held(subscription)
+
+
 # =================================================================================================
 # RELAY: RedisRelay with a real Redis that is lost, trimmed, deleted and restored; and a server of
 # several processes around it
@@ -1334,6 +1344,13 @@ def test_relay_that_reads_without_waiting_is_not_asked_on_and_on() -> None:
     with EventBouncer(relay=relay).subscribe() as subscription, pytest.raises(queue.Empty):
         subscription.get(timeout=0.5)
     assert 1 <= relay.reads < 100
+
+
+def test_relay_that_returns_what_is_no_entry_is_read_again() -> None:
+    relay = Quiet(())
+    with EventBouncer(relay=relay).subscribe():
+        relay.entries.clear()
+        wait_until(lambda: relay.reads, "it is read")
 
 
 def test_redis_clients_that_would_deliver_nothing_are_refused(monkeypatch: Any) -> None:
@@ -1877,7 +1894,7 @@ def check_many(bouncer: Remote, **options: Any) -> None:
     bouncer.wait_for(subscribers=1)
     wait_until(lambda: server.count("fd") <= descriptors, "the descriptors are closed")
     assert ["hi"] == first.datas(1)
-    usual = r'127\.0\.0\.1 - - \[[^]]*\] "(?:GET|POST) /\S* HTTP/1.1" 200 |.*Task queue depth'
+    usual = r'127\.0\.0\.1 - - \[[^]]*\] "(?:GET|POST) /\S* HTTP/[12].[01]" 200 |.*Task queue depth'
     assert [] == re.findall(rf"^(?!{usual}).+\n", server.log().removeprefix(log), re.M)
 
 
@@ -1888,9 +1905,11 @@ def test_hub_many_streams_hold_no_worker_and_leave_nothing(server: Server) -> No
 
 
 def test_hub_many_streams_behind_nginx_by_uwsgi_pass(tmp_path: Path) -> None:
+    """nginx passes the protocol of its own client on."""
     path = tmp_path / "socket"
+    directives = "include /etc/nginx/uwsgi_params; uwsgi_param SERVER_PROTOCOL HTTP/2.0;"
     with serve("uwsgi-single", tmp_path / "app", "--socket", str(path)) as server:
-        with nginx(f"include /etc/nginx/uwsgi_params; uwsgi_pass unix:{path};", tmp_path) as port:
+        with nginx(f"{directives} uwsgi_pass unix:{path};", tmp_path) as port:
             check_many(Remote(server), address=port)
 
 
@@ -2603,6 +2622,21 @@ def test_takeover_of_more_than_a_thousand_generators_leaves_them_to_the_server()
     end.set()
     wait_until(lambda: {*threading.enumerate()} <= others, "the threads end")
     assert "sse_bouncer generator" == start()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_takeover_of_a_generator_that_exits_when_it_is_closed_ends_the_stream() -> None:
+    threads = {*threading.enumerate()}
+
+    class Source(list[str]):
+        def close(self) -> None:
+            raise SystemExit
+
+    with offered(lambda: sse_response(Source("ab"), detach=True)) as offer:
+        offer.detach()
+        with offer.client.makefile("rb") as received:
+            assert received.read().endswith(b"data: a\n\ndata: b\n\n")
+    wait_until(lambda: {*threading.enumerate()} <= threads, "its thread ends")
 
 
 def test_takeover_of_a_connection_that_its_server_has_closed_harms_no_other() -> None:
