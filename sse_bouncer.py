@@ -1851,7 +1851,8 @@ def _check_heartbeat(seconds: Any) -> None:
     if not isinstance(seconds, int | float) or isinstance(seconds, bool):
         raise TypeError(_wrong("heartbeat", "seconds", seconds, "use None for never"))
     if not _MIN_HEARTBEAT <= seconds <= _MAX_HEARTBEAT:
-        raise ValueError(_wrong("heartbeat", "0.001 to 86,400", seconds, "use None for never"))
+        expected = f"{_MIN_HEARTBEAT} to {_MAX_HEARTBEAT:,.0f}"
+        raise ValueError(_wrong("heartbeat", expected, seconds, "use None for never"))
 
 
 def _retry_range(retry: Any) -> tuple[int, int] | None:
@@ -1948,7 +1949,7 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
             _check_descriptors(_generators)
     except Refused as refused:
         body.close()
-        return _refuse(refused)
+        return _refuse(refused, _generators)
     return _respond(body)
 
 
@@ -1971,7 +1972,7 @@ def _stream_response(
         _check_descriptors(bouncer)
         subscription = bouncer._subscribe(names, seen, snapshot is not None, is_opening=True)
     except Refused as refused:
-        return _refuse(refused, bouncer._retry or (0, 0))
+        return _refuse(refused, bouncer)
     try:
         if snapshot is not None and (seen is None or subscription.gap):
             bouncer._add_snapshot(subscription, snapshot)
@@ -1985,10 +1986,11 @@ def _stream_response(
     return response
 
 
-def _refuse(refused: Refused, retry: tuple[int, int] = (0, 0)) -> Response:
+def _refuse(refused: Refused, bouncer: EventBouncer) -> Response:
     _warn_once(f"clients are told to come back later: {refused}")
     # After some seconds at least: at once would be for ever.
-    milliseconds = max(random.randint(*retry), random.randint(*_REFUSED_RETRY))
+    own = bouncer._retry or (0, 0)
+    milliseconds = max(random.randint(*own), random.randint(*_REFUSED_RETRY))
     return _respond([b"retry: %d\n: no room now, come back later\n" % milliseconds])
 
 
@@ -2466,7 +2468,7 @@ def _begin_in_child() -> None:
         started.clear()
     for bouncer in list(_bouncers):
         bouncer._begin_in_child()
-    _generators._publishes_into_nothing = False
+    _generators._publishes_into_nothing = False  # each sends to a client of its own process
 
 
 if hasattr(os, "register_at_fork"):
