@@ -1669,15 +1669,11 @@ class _Callbacks(_OwnThread):
 
     def __init__(self) -> None:
         super().__init__("sse_bouncer on_close")
-        self._due: deque[Callable[[], object]] = deque()
-        # The thread waits, and call() notifies. Its lock is reentrant, because a signal handler may
-        # end streams.
-        self._changed = threading.Condition()
+        # A signal handler may end streams: one can put into a SimpleQueue at any moment.
+        self._due: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
     def call(self, on_close: Callable[[], object]) -> None:
-        with self._changed:
-            self._due.append(on_close)
-            self._changed.notify()
+        self._due.put(on_close)
 
     def wait_until_done(self, timeout: float) -> None:
         """Wait until everything that is due has been called."""
@@ -1688,9 +1684,7 @@ class _Callbacks(_OwnThread):
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._due)
-                on_close = self._due.popleft()
+            on_close = self._due.get()
             try:
                 on_close()
             except _Forked:
@@ -2435,11 +2429,7 @@ def _check_descriptors(bouncer: EventBouncer) -> None:
     """
     if sys.platform == "win32":
         return
-    import resource
-
-    limit = float(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    if limit == resource.RLIM_INFINITY:
-        limit = math.inf
+    limit = os.sysconf("SC_OPEN_MAX")  # ulimit -n
     with contextlib.suppress(AttributeError, KeyError):  # it is not waitress
         if not _environ()["waitress.client_disconnected"].__self__.adj.asyncore_use_poll:
             limit = min(limit, _SELECT_LIMIT)
