@@ -1746,9 +1746,9 @@ class _RelayReader(_OwnThread):
 
         try:
             _start_thread(ask, "sse_bouncer relay query")
-        except RuntimeError:
+        except RuntimeError:  # there can be no more threads
             self._asking.release()
-            raise
+            return False
         if not has_answered.wait(_RELAY_WAIT):
             self._is_in_contact = False
         return any((_parse_id(entry[0]) or _NO_ID) >= id for entry in newest)

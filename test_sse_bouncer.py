@@ -1411,6 +1411,8 @@ def test_subscription_is_the_reading_half_of_a_queue() -> None:
                 subscription.get(block, timeout)
     assert () == bouncer.subscribers
     assert [] == list(subscription)
+    with pytest.raises(ValueError, match="one of this bouncer"):
+        EventBouncer().unsubscribe(subscription)
 
 
 def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
@@ -1589,8 +1591,7 @@ def test_history_of_each_process_that_uwsgi_forks_has_ids_of_its_own(tmp_path: P
     with serve("uwsgi-3", tmp_path / "app", EARLY_BOUNCER=name) as server:
         bouncer = Remote(server)
         bouncer.name = name
-        latest_id = EventBouncer.latest_id
-        wait_until(lambda: len(ids) > 1, "two ids", lambda: ids.add(bouncer.do(latest_id)))
+        wait_until(lambda: len(ids) > 1, "two", lambda: ids.add(bouncer.do(EventBouncer.latest_id)))
 
 
 def test_fan_out_one_warning_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:
@@ -1864,8 +1865,8 @@ def test_hub_and_reader_end_with_their_bouncers_streams(bouncers: int, streams: 
 
 
 def test_hub_that_cannot_start_loses_no_event_and_leaves_nothing(monkeypatch: Any) -> None:
-    """At the limit of threads a client gets what there is; it may have to come back then."""
-    bouncer, before = EventBouncer(), descriptors()
+    """At the limit of threads a client gets what there is, and the relay is not asked."""
+    bouncer, before = EventBouncer(relay=Quiet()), descriptors()
 
     def fail_to_start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -1878,6 +1879,7 @@ def test_hub_that_cannot_start_loses_no_event_and_leaves_nothing(monkeypatch: An
             offer.connection.sendall(wire)
         received = functools.partial(offer.client.recv, 4096, socket.MSG_PEEK)
         wait_until(lambda: received().endswith(b"data: a\n\n"), "it arrives")
+        assert bouncer.subscribe(last_event_id="9-9").gap
     assert () == bouncer.subscribers
     assert before == descriptors()
 
@@ -2836,8 +2838,7 @@ def test_blog_posts_with_their_import_changed(server: Server) -> None:
     bouncer.do(announce)
     assert [["a\nb"]] * 2 == [client.datas(1) for client in clients]
     clients[0].leave()
-    publish = functools.partial(bouncer.do, announce)
-    wait_until(lambda: bouncer.stats()["subscribers"] == 1, "it is noticed", publish)
+    wait_until(lambda: bouncer.stats()["subscribers"] == 1, "noticed", lambda: bouncer.do(announce))
     assert ["a\nb"] == clients[1].datas(1)
 
 
