@@ -65,7 +65,6 @@ import sse_bouncer
 from sse_bouncer import EventBouncer, Frame, RedisRelay, Subscription, format_sse, sse_response
 
 with contextlib.suppress(ImportError):  # the tests that need it skip
-    import hypothesis
     import hypothesis.stateful
     import hypothesis.strategies as st
 
@@ -77,8 +76,7 @@ PROGRAMS = ("redis-server", "nginx", "chromium", "chromedriver", "openssl")
 
 
 # =================================================================================================
-# THE APP UNDER TEST, which servers import from this file. Each function of a bouncer does one thing
-# that a test wants done in a server: ``bouncer.do(function, ...)`` calls it there.
+# THE APP UNDER TEST, which servers import. A test has one of its functions called in the server.
 
 app = flask.Flask(__name__)
 app.config.update(SECRET_KEY="secret")
@@ -316,7 +314,6 @@ def machine() -> None:
     os.environ["NO_PROXY"] = "127.0.0.1"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs ignore
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # What a thousand streams take, here and in a server.
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 3_000)), hard))
 
 
@@ -451,8 +448,7 @@ def are_increasing(ids: Iterable[str | None]) -> bool:
 
 
 class Client:
-    """One HTTP request on a socket of its own, with its body read as an event stream. It reads only
-    when it is asked to, so the test decides when a client is slow, leaves or resets."""
+    """One HTTP request, and its body as an event stream, which is read only when a test says so."""
 
     def __init__(self, address: int | str, path: str, method: str = "GET", **options: Any) -> None:
         """Send a request, and ``more`` along with its head: its body, or what is none."""
@@ -977,12 +973,13 @@ def test_bad_input_is_refused(name: str) -> None:
 class Quiet(list[Any]):
     """A relay in memory, whose `read` does not wait."""
 
-    reads = 0
+    reads = asked = 0
 
     def publish(self, channel: str | None, frame: str | None) -> None:
         self.append((f"{len(self)}-1", "0-0", channel, frame))
 
     def recent(self, count: int) -> list[Any]:
+        self.asked += 1
         return self[-count:]
 
     def read(self, after: str, timeout: float) -> list[Any]:
@@ -1244,6 +1241,13 @@ def test_relay_that_returns_at_once_is_read_on_but_not_all_the_time(recent: Any)
     assert 1 <= relay.reads < 100
 
 
+def test_relay_is_asked_for_each_id_that_its_process_does_not_know() -> None:
+    relay = Quiet()
+    bouncer = EventBouncer(relay=relay)
+    assert all([bouncer.subscribe(last_event_id="9-9").gap for _ in range(3)])
+    assert 1 + 3 == relay.asked  # and at the start
+
+
 def test_redis_clients_that_would_deliver_nothing_are_refused(monkeypatch: Any) -> None:
     """Those for asyncio, and of a redis-py that cannot be told not to decode."""
     need("redis")
@@ -1281,8 +1285,7 @@ def test_redis_is_connected_by_init_app_each_event_once(redis: Redis) -> None:
 
 
 def test_processes_all_agree_and_a_logout_is_for_all(processes: Processes) -> None:
-    """Every client gets every event once, all the same ids in the same order, whoever published.
-    Who goes from one process to another after a logout, even to a new one, is told of no gap."""
+    """Every client gets every event once, with one id and in one order. A logout is no gap."""
     one, two = processes(), processes()
     adas = [Task(list, each.subscribe("ada")) for each in (one, two)]
     bobs = [Task(list, each.subscribe("bob")) for each in (one, two)]
@@ -1717,11 +1720,7 @@ def test_on_close_of_thousands_that_end_at_once(caplog: Any) -> None:
     """By one thread, in order, closed or forgotten. If one blocks or raises, no other pays."""
     told, numbers, go_on = queue.SimpleQueue[int](), itertools.count(), threading.Event()
     bouncer = EventBouncer(max_subscribers=2_001)
-
-    def block() -> None:
-        sys.exit(go_on.wait(TIMEOUT))  # which raises no Exception
-
-    blocking = body_of(app_of(lambda: bouncer.stream(on_close=block)))
+    blocking = body_of(app_of(lambda: bouncer.stream(on_close=lambda: sys.exit(go_on.wait(60)))))
     app = app_of(lambda: bouncer.stream(on_close=functools.partial(told.put, next(numbers))))
     bodies = deque(body_of(app) for _ in range(2_000))
     body_of(app).close()  # refused
@@ -2012,6 +2011,11 @@ def test_hub_child_has_a_relay_too(server: Server, redis: Redis) -> None:
     assert [["before", "of the child", "of the child", "after"]] * 4 == received
 
 
+def test_hub_child_gets_nothing_from_a_subscription_that_it_inherited() -> None:
+    subscription = EventBouncer().subscribe()
+    assert 0 == Task(status_of_child, list, subscription).result()
+
+
 def test_hub_child_under_gevent_ends_its_parents_greenlets(redis: Redis) -> None:
     """One that reads on would take Redis's answers away from the parent."""
     need("gevent")
@@ -2254,7 +2258,6 @@ def test_response_that_a_hook_reads_is_an_error_and_no_hang() -> None:
     assert b"data: a\n\n" == app.test_client().get("/").data
 
 
-# What a request is or asks for.
 HEADS: dict[str, dict[str, Any]] = {
     "cookies": {},
     "session and ProxyFix": {"query": {"session": 1}},
@@ -2300,7 +2303,6 @@ def test_takeover_sends_no_chunks_to_a_client_of_http_1_0(server: Server) -> Non
     assert b":\ndata: a\n\n" == body
 
 
-# What a server or middleware may have made of the response.
 CHANGED = [
     b"200 OK\r\n\r\nchanged",
     b"201 Created\r\n\r\n:\n",
@@ -2698,7 +2700,6 @@ def nginx(upstream: int | str, folder: Path) -> Iterator[int]:
             process.kill()
 
 
-# What is broadcast, and what is to be read.
 TEXTS = [(row[0], row[2]) for row in FRAMES if type(row[0].get("data")) is str]
 TEXTS = [pair for pair in TEXTS if {*pair[0]} <= {"data", "event"}]
 TEXTS += [({"data": "x" * 100_000}, [Event("x" * 100_000)])]
@@ -2817,8 +2818,7 @@ def test_readme_page_of_todos(browser: Any, tmp_path: Path) -> None:
     with serve("development", tmp_path, app=write_app(tmp_path, README_APP)) as server:
         browser.get(f"http://127.0.0.1:{server.port}/static/todos.html")
         wait_in_page(browser, "list.innerText === 'tea'")
-        url = f"http://127.0.0.1:{server.port}/todos/2"
-        urllib.request.urlopen(urllib.request.Request(url, b"milk", method="PUT")).close()
+        server.client("/todos/2", method="PUT", headers={"Content-Length": "4"}, more=b"milk")
         wait_in_page(browser, "list.innerText === 'tea\\nmilk'")
 
 
