@@ -200,7 +200,7 @@ def limit_descriptors(bouncer: EventBouncer, limit: int) -> None:
 
 def status_of_child(do: Callable[..., Any], *args: Any) -> int | None:
     """Return the exit status of a forked child that does something."""
-    process = multiprocessing.get_context("fork").Process(target=do, args=args)
+    process = multiprocessing.get_context("fork").Process(target=do, args=args, daemon=True)
     process.start()
     process.join()
     return process.exitcode
