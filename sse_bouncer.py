@@ -1669,7 +1669,7 @@ class _Callbacks(_OwnThread):
 
     def __init__(self) -> None:
         super().__init__("sse_bouncer on_close")
-        # A signal handler may end streams: one can put into a SimpleQueue at any moment.
+        # A signal handler that ends streams may interrupt call(): only a SimpleQueue allows that.
         self._due: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
     def call(self, on_close: Callable[[], object]) -> None:
@@ -2429,7 +2429,9 @@ def _check_descriptors(bouncer: EventBouncer) -> None:
     """
     if sys.platform == "win32":
         return
-    limit = os.sysconf("SC_OPEN_MAX")  # ulimit -n
+    limit = os.sysconf("SC_OPEN_MAX")  # ulimit -n; -1 if it is unlimited
+    if limit < 0:
+        limit = sys.maxsize
     with contextlib.suppress(AttributeError, KeyError):  # it is not waitress
         if not _environ()["waitress.client_disconnected"].__self__.adj.asyncore_use_poll:
             limit = min(limit, _SELECT_LIMIT)
