@@ -46,6 +46,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -2129,38 +2130,37 @@ class _GeneratorBody(_Body):
         self.opening = b"" if self._takeover is None else _HEARTBEAT
         # The view's context is over when the generator runs, so a copy is kept: for the app's JSON,
         # and for a generator with `detach`, wherever it runs.
-        self._in_context = contextvars.copy_context().run
-        self._wants_context = detach
+        self._in_context: Callable[..., Any] = contextvars.copy_context().run
+        self._call: Callable[..., Any] = self._in_context if detach else operator.call
 
-    def frames(self, items: Iterator[object]) -> Iterator[Frame]:
-        for item in items:
-            if item is None:  # as language models send it between their tokens
-                continue
-            try:
-                frame = self._in_context(format_sse, item)
-            except (TypeError, ValueError):
-                logger.exception("left out of a stream, which goes on: %.80r", item)
-                continue
-            yield frame
-
-    def served(self) -> Iterator[bytes]:
+    def frames(self) -> Iterator[Frame]:
         has_begun = bool(self.opening)
         try:
-            items = self._items_in_context() if self._wants_context else iter(self._source)
-            for frame in self.frames(items):
-                yield frame.wire
+            items = self._call(iter, self._source)
+            while (item := self._call(next, items, _NO_ITEM)) is not _NO_ITEM:
+                if item is None:  # as language models send it between their tokens
+                    continue
+                try:
+                    frame = self._in_context(format_sse, item)
+                except (TypeError, ValueError):
+                    logger.exception("left out of a stream, which goes on: %.80r", item)
+                    continue
+                yield frame
                 has_begun = True
         except Ended:  # from a subscription that it reads: handled as if the client had left
             raise
         except Exception as error:
             if has_begun:
-                yield _FAILED.wire
+                yield _FAILED
             elif isinstance(error, OSError):  # which servers may take for a lost client
                 raise RuntimeError("a generator failed") from error
             if not has_begun or self._blocking_socket is None:
                 raise
             logger.exception("a generator failed; its stream is cut off")
             raise Ended(errno.EPIPE, "its generator has failed") from error
+
+    def served(self) -> Iterator[bytes]:
+        return (frame.wire for frame in self.frames())
 
     def attach(self, stream: _Stream) -> None:
         if len(_running) >= _MAX_GENERATORS:
@@ -2177,32 +2177,24 @@ class _GeneratorBody(_Body):
     def release(self) -> None:
         close = getattr(self._source, "close", None)
         self._source = ()
-        if close is not None and self._wants_context:
-            self._in_context(close)
-        elif close is not None:
-            close()
+        if close is not None:
+            self._call(close)
 
     def _run(self, subscription: Subscription) -> None:
         why = "failed"
         try:
-            for frame in self.frames(self._items_in_context()):
+            for frame in self.frames():
                 _generators.broadcast(frame, channel=subscription.channels[0])
                 self._wait_for_client(subscription, len(frame.wire))
                 if subscription.ended is not None:  # its client left, or the process ends
                     break
             why = "finished"
-        except Ended:  # of a subscription that it reads
-            why = "closed"
+        except Ended:  # it has failed, or a subscription that it reads has ended
+            pass
         except Exception:
             logger.exception("a generator failed; its stream is cut off")
-            _generators.broadcast(_FAILED, channel=subscription.channels[0])
         finally:
             self._finish(subscription, why)
-
-    def _items_in_context(self) -> Iterator[object]:
-        items = self._in_context(iter, self._source)
-        while (item := self._in_context(next, items, _NO_ITEM)) is not _NO_ITEM:
-            yield item
 
     def _wait_for_client(self, subscription: Subscription, size: int) -> None:
         """Wait until at most 16 frames, or 64 KiB of frames of this size, are left to send."""
