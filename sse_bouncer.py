@@ -2170,9 +2170,9 @@ class _GeneratorBody(_Body):
         _running.add(self)
         try:
             _start_thread(functools.partial(self._run, subscription), "sse_bouncer generator")
-        except RuntimeError:
-            logger.exception("a generator could not be started; its stream is cut off")
-            self._finish(subscription, "failed")
+        except RuntimeError as error:  # there can be no more threads
+            _warn_once(f"{_HOLDS_WORKER}{error}")
+            self._run(subscription)
 
     def release(self) -> None:
         close = getattr(self._source, "close", None)
@@ -2194,7 +2194,13 @@ class _GeneratorBody(_Body):
         except Exception:
             logger.exception("a generator failed; its stream is cut off")
         finally:
-            self._finish(subscription, why)
+            try:
+                self.release()
+            except Exception:
+                logger.exception("a generator failed when it was closed")
+            finally:  # also if it raises SystemExit
+                _generators._remove(subscription, why)
+                _running.discard(self)
 
     def _wait_for_client(self, subscription: Subscription, size: int) -> None:
         """Wait until at most 16 frames, or 64 KiB of frames of this size, are left to send."""
@@ -2206,15 +2212,6 @@ class _GeneratorBody(_Body):
                 _generators._remove(subscription, "dropped")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_POLL)
-
-    def _finish(self, subscription: Subscription, why: str) -> None:
-        try:
-            self.release()
-        except Exception:
-            logger.exception("a generator failed when it was closed")
-        finally:  # also if it raises SystemExit
-            _generators._remove(subscription, why)
-            _running.discard(self)
 
 
 class _Connection(NamedTuple):
