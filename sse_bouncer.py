@@ -2020,43 +2020,32 @@ class _Body(abc.ABC):
 
     def __init__(self, detach: bool) -> None:
         self._environ = _environ()
-        connection = _connection_of(self._environ)
-        self._takeover = _Takeover.of(self._environ, connection) if detach else None
-        self._blocking_socket = connection.blocking_socket if connection else None
+        self.connection = _Connection(self._environ, detach)
         self._is_detached = False
         request = self._environ.get("werkzeug.request")
         self._request: Any = weakref.ref(request) if request is not None else lambda: None
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            if self._takeover is not None and not self._is_in_view() and self._takeover.begin():
+            if not self._is_in_view() and self.connection.begin():
                 yield self.opening
-                self._is_detached = self._takeover.detach(self)
+                self._is_detached = self.connection.detach(self)
                 if self._is_detached:
                     return
             elif self.opening:
                 yield self.opening
             for wire in self.served():
-                if self._blocking_socket is not None:
-                    # Or a client that stops reading would hold this thread for ever.
-                    self._blocking_socket.settimeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
+                # Or a client that stops reading would hold this thread for ever.
+                self.connection.set_timeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
                 yield wire
         except BaseException:  # now: the traceback holds the body, so __del__ would come late
             self.close()
             raise
 
     def close(self) -> None:
-        # Only once: later the connection may serve another request.
-        blocking_socket, self._blocking_socket = self._blocking_socket, None
-        try:
-            if self._takeover is not None:
-                self._takeover.close()
-            if not self._is_detached:
-                self.release()
-        finally:
-            if blocking_socket is not None:
-                with contextlib.suppress(OSError):  # the server has closed it
-                    blocking_socket.settimeout(None)
+        self.connection.close()
+        if not self._is_detached:
+            self.release()
 
     __del__ = close
 
@@ -2102,7 +2091,7 @@ class _SubscriptionBody(_Body):
                 yield self._bouncer._heartbeat_wire
             except Ended:
                 is_meant = self._subscription.ended in _MEANT_ENDS
-                if is_meant or self._blocking_socket is None:
+                if is_meant or not self.connection.blocks:
                     return
                 raise  # so that the server breaks the body off
 
@@ -2127,7 +2116,7 @@ class _GeneratorBody(_Body):
         super().__init__(detach)
         self._source = source
         # Through the server, one that fails at once is answered by the server's own 500.
-        self.opening = b"" if self._takeover is None else _HEARTBEAT
+        self.opening = _HEARTBEAT if self.connection.can_be_taken_over else b""
         # The view's context is over when the generator runs, so a copy is kept: for the app's JSON,
         # and for a generator with `detach`, wherever it runs.
         self._in_context: Callable[..., Any] = contextvars.copy_context().run
@@ -2154,7 +2143,7 @@ class _GeneratorBody(_Body):
                 yield _FAILED
             elif isinstance(error, OSError):  # which servers may take for a lost client
                 raise RuntimeError("a generator failed") from error
-            if not has_begun or self._blocking_socket is None:
+            if not has_begun or not self.connection.blocks:
                 raise
             logger.exception("a generator failed; its stream is cut off")
             raise Ended(errno.EPIPE, "its generator has failed") from error
@@ -2214,50 +2203,8 @@ class _GeneratorBody(_Body):
             pause = min(2 * pause, _LONGEST_POLL)
 
 
-class _Connection(NamedTuple):
-    """A connection that a server hands out."""
-
-    socket: Any  # the server's own object; None if the server gives only the descriptor
-    descriptor: int
-    # The same object, if the server's sends block. Then a timeout can be set, and a body can be
-    # broken off without noise, because such a server takes a broken pipe for a lost client.
-    blocking_socket: Any
-
-    def is_open(self) -> bool:
-        """Return whether the server still has it. If not, another client may have its number."""
-        return self.socket is None or self.socket.fileno() == self.descriptor
-
-
-def _connection_of(environ: Mapping[str, Any]) -> _Connection | None:
-    """Return the connection of a request where its server keeps it; None if that is not known.
-
-    | server        | where                                                                    |
-    | ------------- | ------------------------------------------------------------------------ |
-    | werkzeug      | ``werkzeug.socket``, set in ``WSGIRequestHandler.make_environ``          |
-    | gunicorn      | ``gunicorn.socket``, set in ``gunicorn.http.wsgi.default_environ``       |
-    | waitress      | ``waitress.client_disconnected``, documented; a method of the channel    |
-    | gevent.pywsgi | ``wsgi.input``, which reads from a file that has the socket              |
-    | uWSGI         | ``uwsgi.connection_fd()``, documented; only the descriptor               |
-    """
-    try:
-        connection = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
-        if connection is None and "waitress.client_disconnected" in environ:
-            connection = environ["waitress.client_disconnected"].__self__.socket
-        elif connection is None and environ.get("SERVER_SOFTWARE", "").startswith("gevent/"):
-            connection = environ["wsgi.input"].rfile.raw._sock
-        elif connection is None and "uwsgi.version" in environ:
-            return _Connection(None, sys.modules["uwsgi"].connection_fd(), None)
-        if connection is None or environ["SERVER_PROTOCOL"] not in ("HTTP/1.0", "HTTP/1.1"):
-            return None  # of HTTP/2, several requests share a connection
-        blocking = connection if connection.gettimeout() is None else None
-        return _Connection(connection, connection.fileno(), blocking)
-    except (AttributeError, KeyError) as error:
-        _warn_once(f"{_HOLDS_WORKER}its connection is not where it used to be ({error!r})")
-        return None
-
-
-class _Takeover:
-    """Takes a client's connection over from the server, in the middle of its response.
+class _Connection:
+    """A client's connection to the server, and how it is taken over in the middle of a response.
 
     Rack calls this a hijack, but there the app writes the response's head. Here the server does,
     with everything that extensions and middleware put into it:
@@ -2273,8 +2220,9 @@ class _Takeover:
     This needs a server that neither closes the descriptor nor registers it anew in between.
     """
 
-    def __init__(self, connection: _Connection, environ: Mapping[str, Any]) -> None:
-        self._connection = connection
+    def __init__(self, environ: Mapping[str, Any], detach: bool) -> None:
+        self._socket, self._descriptor, self.blocks = _connection_of(environ)
+        self.can_be_taken_over = detach and self._descriptor >= 0 and self._is_plain(environ)
         self._is_http_1_0 = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
         length = environ.get("CONTENT_LENGTH") or ""  # of a body that may be unread still
         self._input_left = _MAX_INPUT + (int(length) if _NUMBER.fullmatch(length) else 0)
@@ -2282,47 +2230,50 @@ class _Takeover:
             self._input_left = sys.maxsize
         self._is_begun = False
 
-    @classmethod
-    def of(cls, environ: Mapping[str, Any], connection: _Connection | None) -> _Takeover | None:
-        """Return the takeover of a request's connection, if it is one that can be taken over."""
-        if connection is None or environ["REQUEST_METHOD"] == "HEAD":
-            return None
-        if hasattr(connection.socket, "getpeercert"):  # bytes for TLS go through the server
-            return None
-        if connection.socket is None and any(map(_UWSGI_OWN.match, sys.modules["uwsgi"].opt)):
-            return None
+    def _is_plain(self, environ: Mapping[str, Any]) -> bool:
+        if hasattr(self._socket, "getpeercert"):  # bytes for TLS go through the server
+            return False
         if "werkzeug.socket" in environ and environ.get("wsgi.multiprocess"):
             _warn_once(f"{_HOLDS_WORKER}its server makes a process for each request")
-            return None
+            return False
         if sys.platform == "win32":
             _warn_once(f"{_HOLDS_WORKER}on Windows it has to")
-            return None
-        return cls(connection, environ)
+            return False
+        return True
+
+    def _is_open(self) -> bool:
+        """Return whether the server still has it. If not, another client may have its number."""
+        return self._socket is None or self._socket.fileno() == self._descriptor
+
+    def set_timeout(self, seconds: float | None) -> None:
+        """Limit how long a send of the server may wait, if its sends block."""
+        if self.blocks:
+            with contextlib.suppress(OSError):  # the server has closed it
+                self._socket.settimeout(seconds)
 
     def begin(self) -> bool:
         """Put the stand-in into place. Return whether that was possible."""
-        if not self._connection.is_open():
+        if not self.can_be_taken_over or not self._is_open():
             return False
         try:
             with contextlib.ExitStack() as opened:
                 # The mode belongs to the open file, not to the descriptor. It is read first, as a
                 # socket object changes it where the app has called socket.setdefaulttimeout().
-                self._was_blocking = os.get_blocking(self._connection.descriptor)
-                self._client = opened.enter_context(_socket_of(os.dup(self._connection.descriptor)))
+                self._was_blocking = os.get_blocking(self._descriptor)
+                self._client = opened.enter_context(_socket_of(os.dup(self._descriptor)))
                 self._ours, stand_in = map(opened.enter_context, socket.socketpair())
                 self._ours.setblocking(False)
                 stand_in.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _STAND_IN_BUFFER)
                 os.set_blocking(stand_in.fileno(), self._was_blocking)
-                os.dup2(stand_in.fileno(), self._connection.descriptor, inheritable=False)
+                os.dup2(stand_in.fileno(), self._descriptor, inheritable=False)
                 stand_in.close()
                 opened.pop_all()
         except OSError as error:
             _warn_once(f"{_HOLDS_WORKER}{error}")
             return False
         self._is_begun = True
-        if self._connection.blocking_socket is not None:
-            # Then a head that is larger than the stand-in's buffer is an error, and no wait.
-            self._connection.blocking_socket.settimeout(_HEAD_TIME)
+        # A head that is larger than the stand-in's buffer is an error then, and no wait.
+        self.set_timeout(_HEAD_TIME)
         return True
 
     def detach(self, body: _Body) -> bool:
@@ -2341,6 +2292,8 @@ class _Takeover:
         if self._is_begun:
             with contextlib.suppress(OSError):  # the client, or the connection, is gone
                 self._give_back(self._written())
+        self.set_timeout(None)
+        self.blocks = False  # from here on: the connection may serve another request
 
     def _hand_over(self, body: _Body, head: bytes, framing: _Framing) -> bool:
         with contextlib.suppress(OSError):  # a unix socket has nothing of TCP
@@ -2365,17 +2318,46 @@ class _Takeover:
 
     def _give_back(self, written: bytes) -> None:
         self._is_begun = False
-        server = self._connection
         with self._ours, self._client:
             try:
                 self._client.settimeout(_STALL_TIME)
                 self._client.sendall(written)
             finally:
                 os.set_blocking(self._client.fileno(), self._was_blocking)
-                if server.is_open():
-                    os.dup2(self._client.fileno(), server.descriptor, inheritable=False)
-                    if server.blocking_socket is not None:
-                        server.blocking_socket.settimeout(None)
+                if self._is_open():
+                    os.dup2(self._client.fileno(), self._descriptor, inheritable=False)
+
+
+def _connection_of(environ: Mapping[str, Any]) -> tuple[Any, int, bool]:
+    """Return the socket of a request, its descriptor, and whether the server's sends block.
+
+    If they do, a timeout can be set, and a body can be broken off without noise, because such a
+    server takes a broken pipe for a lost client. If it is not known: None, -1 and False.
+
+    | server        | where                                                                    |
+    | ------------- | ------------------------------------------------------------------------ |
+    | werkzeug      | ``werkzeug.socket``, set in ``WSGIRequestHandler.make_environ``          |
+    | gunicorn      | ``gunicorn.socket``, set in ``gunicorn.http.wsgi.default_environ``       |
+    | waitress      | ``waitress.client_disconnected``, documented; a method of the channel    |
+    | gevent.pywsgi | ``wsgi.input``, which reads from a file that has the socket              |
+    | uWSGI         | ``uwsgi.connection_fd()``, documented; only the descriptor               |
+    """
+    try:
+        connection = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
+        if "waitress.client_disconnected" in environ:
+            connection = environ["waitress.client_disconnected"].__self__.socket
+        elif environ.get("SERVER_SOFTWARE", "").startswith("gevent/"):
+            connection = environ["wsgi.input"].rfile.raw._sock
+        elif "uwsgi.version" in environ:
+            uwsgi: Any = sys.modules["uwsgi"]
+            has_own_way = any(map(_UWSGI_OWN.match, uwsgi.opt))
+            return None, -1 if has_own_way else uwsgi.connection_fd(), False
+        # Of HTTP/2, several requests share a connection.
+        if connection is not None and environ["SERVER_PROTOCOL"] in ("HTTP/1.0", "HTTP/1.1"):
+            return connection, connection.fileno(), connection.gettimeout() is None
+    except (AttributeError, KeyError) as error:
+        _warn_once(f"{_HOLDS_WORKER}its connection is not where it used to be ({error!r})")
+    return None, -1, False
 
 
 def _head_and_framing(
