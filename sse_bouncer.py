@@ -2279,13 +2279,22 @@ class _Connection:
     def detach(self, body: _Body) -> bool:
         """Have the hub send from now on. If that is not possible, the server goes on."""
         written = self._written()
-        parts = _head_and_framing(written, body.opening, self._is_http_1_0)
-        if parts is not None and self._hand_over(body, *parts):
-            self._is_begun = False
-            self._ours.close()
-            return True
-        self._give_back(written)
-        return False
+        with contextlib.suppress(OSError):  # a unix socket has nothing of TCP
+            self._client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            self._client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._client.setblocking(False)
+        descriptor = self._client.detach()  # first, so that it never has two owners
+        try:
+            head, framing = _head_and_framing(written, body.opening, self._is_http_1_0)
+            body.attach(_Stream(descriptor, framing, self._input_left, deque([head])))
+        except (RuntimeError, OSError) as error:  # Refused; no thread or descriptor for a hub
+            self._client = _socket_of(descriptor)
+            _warn_once(f"{_HOLDS_WORKER}{error}")
+            self._give_back(written)
+            return False
+        self._is_begun = False
+        self._ours.close()
+        return True
 
     def close(self) -> None:
         """Let go. If the server asks for no second item, its client gets what it has written."""
@@ -2295,26 +2304,10 @@ class _Connection:
         self.set_timeout(None)
         self.blocks = False  # from here on: the connection may serve another request
 
-    def _hand_over(self, body: _Body, head: bytes, framing: _Framing) -> bool:
-        with contextlib.suppress(OSError):  # a unix socket has nothing of TCP
-            self._client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            self._client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._client.setblocking(False)
-        descriptor = self._client.detach()
-        try:
-            body.attach(_Stream(descriptor, framing, self._input_left, deque([head])))
-        except (RuntimeError, OSError) as error:  # Refused; no thread or descriptor for a hub
-            self._client = _socket_of(descriptor)
-            _warn_once(f"{_HOLDS_WORKER}{error}")
-            return False
-        return True
-
     def _written(self) -> bytes:
-        written = b""
-        with contextlib.suppress(BlockingIOError):
-            while part := self._ours.recv(64 * 1024):
-                written += part
-        return written
+        # Of a socket that does not block, this is what is there, or None if nothing is.
+        with open(self._ours.fileno(), "rb", buffering=0, closefd=False) as ours:
+            return ours.readall() or b""
 
     def _give_back(self, written: bytes) -> None:
         self._is_begun = False
@@ -2360,23 +2353,19 @@ def _connection_of(environ: Mapping[str, Any]) -> tuple[Any, int, bool]:
     return None, -1, False
 
 
-def _head_and_framing(
-    written: bytes, opening: bytes, is_http_1_0: bool
-) -> tuple[bytes, _Framing] | None:
+def _head_and_framing(written: bytes, opening: bytes, is_http_1_0: bool) -> tuple[bytes, _Framing]:
     """Return what a client is to get first, and how the body goes on.
 
     The client gets what the server wrote, with ``Connection: close`` as its only Connection header.
-    None if the server wrote something else than a 200 and the opening.
+    RuntimeError if the server wrote something else than a 200 and the opening.
     """
     head, _, body = written.partition(b"\r\n\r\n")
     is_chunked = _CHUNKED.search(head) is not None
     # Some servers write a chunk's size in capitals.
     is_body = body.lower() == (_as_chunk(opening) if is_chunked else opening)
     if not is_body or not _SUCCESS.match(head) or _CHANGES_BODY.search(head):
-        if b"\r\ncontent-encoding:" not in head.lower():
-            what = f"{head!r:.40} and {body!r:.40} instead of a 200 and its opening"
-            _warn_once(f"{_HOLDS_WORKER}its server or middleware sent {what}")
-        return None
+        what = f"{head!r:.40} and {body!r:.40} instead of a 200 and its opening"
+        raise RuntimeError(f"its server or middleware sent {what}")
     if is_chunked and is_http_1_0:  # the development server's mistake: that client knows no chunks
         head, body, is_chunked = _CHUNKED.sub(b"", head), opening, False
     head = _CONNECTION.sub(b"", head) + b"\r\nConnection: close"
