@@ -2395,14 +2395,11 @@ def _check_descriptors(bouncer: EventBouncer) -> None:
     with contextlib.suppress(AttributeError, KeyError):  # it is not waitress
         if not _environ()["waitress.client_disconnected"].__self__.adj.asyncore_use_poll:
             limit = min(limit, _SELECT_LIMIT)
-    try:
-        with open(os.devnull) as lowest_free:  # so about as many are open
-            has_room = lowest_free.fileno() < 0.9 * limit
-    except OSError:
-        has_room = False
-    if not has_room:
-        given = "fewer (see ulimit -n, and with waitress --asyncore-use-poll)"
-        raise bouncer._refused("a tenth of the descriptors to be free", given)
+    with contextlib.suppress(OSError), open(os.devnull) as lowest_free:  # about as many are open
+        if lowest_free.fileno() < 0.9 * limit:
+            return
+    given = "fewer (see ulimit -n, and with waitress --asyncore-use-poll)"
+    raise bouncer._refused("a tenth of the descriptors to be free", given)
 
 
 # =================================================================================================
