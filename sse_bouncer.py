@@ -1886,7 +1886,6 @@ _SUCCESS = re.compile(rb"HTTP/[0-9.]+ 200 ")
 _CHANGES_BODY = re.compile(rb"\r\ncontent-(encoding|length):", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked(?=\r\n|$)", re.IGNORECASE)
 _CONNECTION = re.compile(rb"\r\nconnection:[^\r\n]*", re.IGNORECASE)
-_NUMBER = re.compile(r"[0-9]{1,15}")
 _UWSGI_OWN = re.compile("https-socket|ssl-socket|gevent|async")  # TLS, or loops, of uWSGI's own
 _HOLDS_WORKER = "a stream goes through the server and holds its worker: "
 _STAND_IN_BUFFER = 1024 * 1024  # bytes of a response's head; the system may allow less
@@ -1938,14 +1937,10 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
         raise TypeError(_wrong("source", "what is not async", source, "define it without async"))
     if isinstance(source, str | bytes | bytearray | Mapping) or not isinstance(source, Iterable):
         raise TypeError(_wrong("source", "items or a Subscription", source, "put it into a list"))
-    body = _GeneratorBody(source, detach)
     try:
-        if detach:
-            _check_descriptors(_generators)
-    except Refused as refused:
-        body.close()
+        return _respond(_GeneratorBody(source, detach))
+    except Refused as refused:  # which frees the body, and so closes the source
         return _refuse(refused, _generators)
-    return _respond(body)
 
 
 def _stream_response(
@@ -1994,11 +1989,9 @@ def _respond(body: Iterable[bytes]) -> Response:
 
     # The app's own class: Flask would turn any other response into one.
     response_class = current_app.response_class if has_app_context() else Response
-    response: Response = response_class(body)
-    response.headers.update(_HEADERS)
     # Or eventlet would hold back what is shorter than 32 KiB.
     _environ().setdefault("eventlet.minimum_write_chunk_size", 0)
-    return response
+    return response_class(body, headers=_HEADERS)
 
 
 def _environ() -> dict[str, Any]:
@@ -2103,7 +2096,6 @@ class _SubscriptionBody(_Body):
 # The bouncer whose hub sends what generators yield, each to a channel of its own. No queue of it is
 # ever full, because a generator waits for its client.
 _generators = EventBouncer(sys.maxsize)
-_numbers = itertools.count()
 _running: set[_GeneratorBody] = set()  # whose threads run
 
 
@@ -2119,6 +2111,8 @@ class _GeneratorBody(_Body):
         # and for a generator with `detach`, wherever it runs.
         self._in_context: Callable[..., Any] = contextvars.copy_context().run
         self._call: Callable[..., Any] = self._in_context if detach else operator.call
+        if detach:
+            _check_descriptors(_generators)
 
     def frames(self) -> Iterator[Frame]:
         has_begun = bool(self.opening)
@@ -2152,7 +2146,7 @@ class _GeneratorBody(_Body):
     def attach(self, stream: _Stream) -> None:
         if len(_running) >= _MAX_GENERATORS:
             raise RuntimeError(f"{_MAX_GENERATORS:,} generators run already")
-        subscription = _generators.subscribe(str(next(_numbers)))
+        subscription = _generators.subscribe(str(uuid.uuid4()))
         _generators._attach(subscription, stream)
         _running.add(self)
         try:
@@ -2218,12 +2212,14 @@ class _Connection:
     This needs a server that neither closes the descriptor nor registers it anew in between.
     """
 
-    def __init__(self, environ: Mapping[str, Any], detach: bool) -> None:
+    def __init__(self, environ: dict[str, Any], detach: bool) -> None:
+        from werkzeug.wsgi import get_content_length
+
         self._socket, self._descriptor, self.blocks = _connection_of(environ)
         self.can_be_taken_over = detach and self._descriptor >= 0 and self._is_plain(environ)
         self._is_http_1_0 = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
-        length = environ.get("CONTENT_LENGTH") or ""  # of a body that may be unread still
-        self._input_left = _MAX_INPUT + (int(length) if _NUMBER.fullmatch(length) else 0)
+        # The request's own body may be unread still.
+        self._input_left = _MAX_INPUT + (get_content_length(environ) or 0)
         if "HTTP_TRANSFER_ENCODING" in environ:  # a body of any length
             self._input_left = sys.maxsize
         self._is_begun = False
@@ -2385,9 +2381,8 @@ def _check_descriptors(bouncer: EventBouncer) -> None:
     A gunicorn worker that cannot accept() for want of descriptors ends, with all its streams, and
     so does waitress at a descriptor that is too large for select().
     """
-    if sys.platform == "win32":
-        return
-    limit = os.sysconf("SC_OPEN_MAX")  # ulimit -n; -1 if it is unlimited
+    # ulimit -n; -1 if it is unlimited, as on Windows.
+    limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
     if limit < 0:
         limit = sys.maxsize
     with contextlib.suppress(AttributeError, KeyError):  # it is not waitress
