@@ -2363,16 +2363,12 @@ def _head_and_framing(written: bytes, opening: bytes, is_http_1_0: bool) -> tupl
     if is_chunked and is_http_1_0:  # the development server's mistake: that client knows no chunks
         head, body, is_chunked = _CHUNKED.sub(b"", head), opening, False
     head = _CONNECTION.sub(b"", head) + b"\r\nConnection: close"
-    return head + b"\r\n\r\n" + body, _as_chunk if is_chunked else _as_it_is
+    return head + b"\r\n\r\n" + body, _as_chunk if is_chunked else bytes  # bytes(wire) is wire
 
 
 def _as_chunk(wire: bytes) -> bytes:
     """Return a chunk of HTTP/1.1; that of nothing ends the body."""
     return b"%x\r\n%b\r\n" % (len(wire), wire)
-
-
-def _as_it_is(wire: bytes) -> bytes:
-    return wire
 
 
 def _check_descriptors(bouncer: EventBouncer) -> None:
@@ -2400,10 +2396,9 @@ def _check_descriptors(bouncer: EventBouncer) -> None:
 
 
 def _begin_in_child() -> None:
-    gevent: Any = sys.modules.get("gevent")
     for greenlet in list(_greenlets):  # greenlets survive a fork; threads do not
-        if isinstance(greenlet, gevent.Greenlet):
-            gevent.kill(greenlet, _Forked)
+        if hasattr(greenlet, "kill"):  # that of a thread which gevent has not patched has none
+            greenlet.kill(_Forked, block=False)
     for hub in _hubs:
         hub.close_in_child()
     for started in (_greenlets, _hubs, _running, _process):
