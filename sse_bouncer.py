@@ -1952,8 +1952,6 @@ def _stream_response(
         raise ValueError(_wrong("last_event_id", "an id beside a snapshot", last, "leave it out"))
     if request.environ.get("wsgi.multiprocess") and bouncer.relay is None:
         _warn_once("of several processes each reaches its own subscribers only; use a RedisRelay")
-    if request.method == "HEAD":
-        return _respond(iter(()))  # a tuple would get a Content-Length
     # A client that comes back knows best. The query parameter is event-source-polyfill's. Only the
     # view may ask for everything that is kept.
     returning = request.headers.get("Last-Event-ID") or request.args.get("lastEventId")
