@@ -992,21 +992,6 @@ class Ended(BrokenPipeError):
     """Raised by `Subscription.get` at the end; as EPIPE, so servers take it for a lost client."""
 
 
-class _Monitor:
-    """A bouncer's lock, and those that wait for what is done under it."""
-
-    def __init__(self) -> None:
-        # The lock guards everything mutable in a bouncer and its subscriptions, and puts events in
-        # order: each gets its id, its place in the history and in every queue, and is handed to the
-        # hub, in one pass under the lock. It is never held while something blocks, logs or runs the
-        # app's code. It is reentrant, and loops are over copies, because a signal handler may
-        # close(), or a finaliser unsubscribe, in the thread that it interrupts in here.
-        self.lock = threading.RLock()
-        # Notified when a queue has been emptied, when a subscription has ended, and by the relay's
-        # reader. A broadcast waits for slow readers, and subscribe() for what the relay has.
-        self.changed = threading.Condition(self.lock)
-
-
 @dataclasses.dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
 class Subscription:
     """A bounded queue of frames, with the reading half of ``queue.Queue``.
@@ -1018,7 +1003,8 @@ class Subscription:
 
     channels: tuple[str, ...]
     maxsize: int  #: How many frames its reader may fall behind.
-    _bouncer: EventBouncer  # whose lock guards everything in here
+    _bouncer: EventBouncer
+    _lock: threading.RLock  # the bouncer's, which guards everything in here
     _begins_after: _Id  # the id of the newest event from before it
     _is_opening: bool  # its server has not begun to send it; until then no publisher waits for it
     # How many frames it may hold: maxsize, and until it has been empty once, also room for the
@@ -1028,7 +1014,9 @@ class Subscription:
     ended: str | None = None  #: Why it has ended; None while it is live.
     _frames: deque[Frame] = dataclasses.field(default_factory=deque)
     _late_since: float | None = None  # when a broadcast found it full; None once it has been empty
-    _ready: threading.Condition | None = None  # its reader waits, and _put and _mark_ended notify
+    # Its reader waits for a frame, and publishers until it is empty. _put, _take and _mark_ended
+    # notify both.
+    _changed: threading.Condition | None = None
     _is_streamed: bool = False  # a response streams it
     _stream: _Stream | None = None  # the client's, once it is detached
     _on_close: Callable[[], object] | None = None
@@ -1050,21 +1038,19 @@ class Subscription:
         if timeout is not None and not timeout >= 0:
             raise ValueError(_wrong("timeout", "seconds >= 0", timeout, "use None for ever"))
         until = math.inf if timeout is None else time.monotonic() + timeout
-        monitor = self._bouncer._monitor  # later init_app() may have put another in its place
-        with monitor.lock:
-            self._ready = self._ready or threading.Condition(monitor.lock)
+        with self._lock:
             while True:
                 if self._stream is not None:
                     raise RuntimeError(_wrong("get", "a reader", self, "its client has its frames"))
                 if self._frames:
-                    return self._take(monitor)
+                    return self._take()
                 if self.ended is not None:
                     raise Ended(errno.EPIPE, f"this subscription has ended: {self.ended}")
                 left = until - time.monotonic() if block else 0.0
                 if left <= 0:
                     raise queue.Empty
                 # In turns, as a signal handler that closes right before the wait wakes nobody.
-                self._ready.wait(min(left, _LONGEST_WAIT))
+                self._wait(min(left, _LONGEST_WAIT))
 
     def get_nowait(self) -> Frame:
         return self.get(block=False)
@@ -1100,7 +1086,7 @@ class Subscription:
 
     def _begin(self) -> None:
         """Begin as a stream through the server: what it holds by now does not count."""
-        with self._bouncer._monitor.lock:
+        with self._lock:
             self._is_opening = False
             self._limit = self.maxsize + len(self._frames)
 
@@ -1125,30 +1111,31 @@ class Subscription:
 
     def _put(self, frame: Frame) -> None:
         self._frames.append(frame)
-        self._wake_reader()
+        self._notify()
 
-    def _take(self, monitor: _Monitor) -> Frame:
+    def _take(self) -> Frame:
         frame = self._frames.popleft()
         if not self._frames:
             self._limit = self.maxsize
             self._late_since = None
-            monitor.changed.notify_all()
+            self._notify()
         return frame
 
-    def _wake_reader(self) -> None:
-        if self._ready is not None:
-            self._ready.notify_all()
+    def _wait(self, seconds: float) -> bool:
+        """Return whether it was notified in time."""
+        self._changed = self._changed or threading.Condition(self._lock)
+        return self._changed.wait(seconds)
 
-    def _late(self) -> float | None:
-        """Return since when it is full, if that is worth a wait; else None."""
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.notify_all()
+
+    def _is_late(self) -> bool:
+        """Return whether it is full, but not yet for so long that no publisher waits for it."""
         if self._is_opening or not self.full():
-            return None
+            return False
         self._late_since = self._late_since or time.monotonic()
-        return self._late_since if time.monotonic() < self._late_since + _MAX_LAG else None
-
-    def _has_caught_up(self, since: float) -> bool:
-        """Return whether it has been empty since then, or has ended."""
-        return self._late_since != since or self.ended is not None
+        return time.monotonic() < self._late_since + _MAX_LAG
 
     def _detach(self, stream: _Stream) -> list[bytes]:
         """Become a stream of the hub. Return the frames that it held."""
@@ -1161,13 +1148,14 @@ class Subscription:
         """Return what is to be called because of it."""
         self.ended = why
         self._stream = None  # which refers to this
-        self._wake_reader()
+        self._notify()
         on_close, self._on_close = self._on_close, None
         return on_close
 
     def _disown(self) -> None:
         """End it in a forked child, where the parent's lock may be held for ever."""
-        self._ready = self._on_close = None
+        self._lock = threading.RLock()
+        self._changed = self._on_close = None
         self.ended = self.ended or "it belongs to the process that this one was forked from"
 
 
@@ -1228,8 +1216,8 @@ class EventBouncer:
         _bouncers.add(self)
 
     def _reset(self) -> None:
-        # The monitor, once it is used; a dictionary, because setdefault() is one step.
-        self._made: dict[str, _Monitor] = {}
+        # The lock, once it is used; a dictionary, because setdefault() is one step.
+        self._locks: dict[str, threading.RLock] = {}
         self._histories: dict[int, _History] = {}  # the one of this process, by its number
         # Readers, and streams that have not begun. They are held weakly: if a view fails and its
         # subscription is never read, it goes, or fills up and is dropped.
@@ -1250,10 +1238,16 @@ class EventBouncer:
         return f"<EventBouncer {', '.join(f'{name}={n}' for name, n in self.stats().items())}>"
 
     @property
-    def _monitor(self) -> _Monitor:
+    def _lock(self) -> threading.RLock:
+        # The lock guards everything mutable in a bouncer and its subscriptions, and puts events in
+        # order: each gets its id, its place in the history and in every queue, and is handed to the
+        # hub, in one pass under the lock. It is never held while something blocks, logs or runs the
+        # app's code. It is reentrant, and loops are over copies, because a signal handler may
+        # close(), or a finaliser unsubscribe, in the thread that it interrupts in here.
+        #
         # Made when it is first used, and anew in a forked child: a lock from before gevent patches
         # threading excludes no greenlet. setdefault() is one step, so all that come first get one.
-        return self._made.get("monitor") or self._made.setdefault("monitor", _Monitor())
+        return self._locks.get("own") or self._locks.setdefault("own", threading.RLock())
 
     @property
     def _history(self) -> _History:
@@ -1284,7 +1278,7 @@ class EventBouncer:
             key = f"sse:{app.import_name}"
             settings["relay"] = RedisRelay.from_url(config["SSE_REDIS_URL"], key)
         fresh = EventBouncer(**settings)
-        with self._monitor.lock:  # nobody subscribes between the look and the update
+        with self._lock:  # nobody subscribes between the look and the update
             if count := len(self.subscribers):
                 raise RuntimeError(_wrong("init_app", "no subscribers", count, "call it earlier"))
             new = {**vars(fresh), "_given": given, "_dumps": lambda data: app.json.dumps(data)}
@@ -1410,7 +1404,7 @@ class EventBouncer:
     @property
     def subscribers(self) -> tuple[Subscription, ...]:
         """The subscriptions of this process at this moment."""
-        with self._monitor.lock:
+        with self._lock:
             return (*self._detached, *self._audience(None))
 
     def latest_id(self) -> str | None:
@@ -1426,7 +1420,7 @@ class EventBouncer:
         hold no worker. And what it has seen: ``events`` that it delivered, subscribers that were
         ``dropped`` or ``refused``, and ``gaps``.
         """
-        with self._monitor.lock:
+        with self._lock:
             detached, readers = len(self._detached), len(self._readers)
             return {"subscribers": detached + readers, "detached": detached, **self._counts}
 
@@ -1454,9 +1448,9 @@ class EventBouncer:
         names = tuple(dict.fromkeys(_check_channel(name) for name in channels))
         reader = self._start_relay_reader()
         if reader is not None and seen is not None and reader.has_yet_to_read(seen):
-            with self._monitor.lock:
-                self._monitor.changed.wait_for(lambda: reader.has_passed(seen), _RELAY_WAIT)
-        with self._monitor.lock:
+            with reader.has_read:
+                reader.has_read.wait_for(lambda: reader.has_passed(seen), _RELAY_WAIT)
+        with self._lock:
             count = len(self._readers) + len(self._detached)
             if self._closed:
                 raise self._refused("an open bouncer", "a closed one")
@@ -1464,7 +1458,9 @@ class EventBouncer:
                 raise self._refused(f"fewer than {self.max_subscribers} subscribers", "as many")
             limit = self.maxsize + (_OPENING_ROOM if is_opening else 0)
             newest = self._history.newest
-            subscription = Subscription(names, self.maxsize, self, newest, is_opening, limit)
+            subscription = Subscription(
+                names, self.maxsize, self, self._lock, newest, is_opening, limit
+            )
             if seen is not None:
                 self._replay_to(subscription, seen, wants_snapshot)
             self._readers[subscription] = None
@@ -1487,7 +1483,7 @@ class EventBouncer:
         subscription._put_first(missed)
 
     def _refused(self, expected: str, given: str) -> Refused:
-        with self._monitor.lock:
+        with self._lock:
             self._counts["refused"] += 1
         return Refused(f"subscribe: expected {expected}, got {given}; try later")
 
@@ -1501,12 +1497,12 @@ class EventBouncer:
             # A client that leaves right after the snapshot comes back with this id, and then gets
             # what was broadcast while it was made.
             frame = _with_id(frame, _id_text(subscription._begins_after))
-        with self._monitor.lock:
+        with self._lock:
             subscription._put_first([frame])
 
     def _tell_when_closed(self, subscription: Subscription, on_close: Callable[[], object]) -> None:
         _callbacks().start()
-        with self._monitor.lock:
+        with self._lock:
             if subscription.ended is None:
                 subscription._on_close = on_close
             else:  # it was dropped, or closed, a moment ago
@@ -1522,11 +1518,11 @@ class EventBouncer:
         # effect there. So it is posted again below.
         self._attaching.add(subscription)
         try:
-            with self._monitor.lock:
+            with self._lock:
                 self._hub = self._hub or _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
                 hub = self._hub
             hub.start()
-            with self._monitor.lock:
+            with self._lock:
                 self._detached.add(subscription)
                 self._readers.pop(subscription, None)
                 hub.attach(stream, subscription._detach(stream))
@@ -1534,7 +1530,7 @@ class EventBouncer:
                     self._detached.discard(subscription)
                     hub.end(stream, subscription.ended in _MEANT_ENDS)
         finally:
-            with self._monitor.lock:
+            with self._lock:
                 self._attaching.discard(subscription)
                 self._retire_hub_if_idle()
 
@@ -1545,7 +1541,7 @@ class EventBouncer:
 
     def _remove(self, subscription: Subscription, why: str) -> None:
         """End a subscription. If it has ended before, this has no effect."""
-        with self._monitor.lock:
+        with self._lock:
             if subscription.ended is not None:
                 return
             if why == "dropped":
@@ -1559,13 +1555,12 @@ class EventBouncer:
                 self._hub.end(stream, why in _MEANT_ENDS)  # before a signal handler can retire it
             self._detached.discard(subscription)
             self._retire_hub_if_idle()
-            self._monitor.changed.notify_all()
 
     # What delivers events. The relay's reader calls the first two.
 
     def _deliver(self, event: _Event, source: _RelayReader | None = None) -> None:
         id, channel, frame = event
-        with self._monitor.lock:
+        with self._lock:
             self._wait_for_slow_readers(channel)
             # init_app() may have put another reader in place of this one. Without a relay, both are
             # None.
@@ -1589,7 +1584,7 @@ class EventBouncer:
 
     def _restart_history(self, floor: _Id, events: list[_Event], source: _RelayReader) -> None:
         """Begin the history anew, and tell every stream that it may have missed something."""
-        with self._monitor.lock:
+        with self._lock:
             if source is not self._relay_reader:
                 return
             self._histories[os.getpid()] = _History(self.history, floor)
@@ -1622,13 +1617,8 @@ class EventBouncer:
         # waits once every maxsize frames. Another publisher may refill a queue in between, so only
         # a wait that times out uses up one of the looks.
         looks = _LOOKS
-        while looks:
-            all_late = ((reader, reader._late()) for reader in self._audience(channel))
-            late = [(reader, since) for reader, since in all_late if since is not None]
-            if not late:
-                return
-            have_caught_up = functools.partial(_have_caught_up, late)
-            if not self._monitor.changed.wait_for(have_caught_up, _GRACE / _LOOKS):
+        while looks and (late := [r for r in self._audience(channel) if r._is_late()]):
+            if not late[0]._wait(_GRACE / _LOOKS):
                 looks -= 1
 
     def _disconnect(self, channels: Iterable[str | None]) -> None:
@@ -1642,7 +1632,7 @@ class EventBouncer:
     def _start_relay_reader(self) -> _RelayReader | None:
         if self.relay is None or self._closed:
             return None
-        with self._monitor.lock:
+        with self._lock:
             reader = self._relay_reader = self._relay_reader or _RelayReader(self, self.relay)
         reader.start()
         reader.wait_until_it_has_tried()
@@ -1699,7 +1689,7 @@ _process: dict[str, _Callbacks] = {}  # the process's own; a dictionary for its 
 
 
 def _callbacks() -> _Callbacks:
-    # Made when it is first used, and anew in a forked child, as a bouncer's monitor is.
+    # Made when it is first used, and anew in a forked child, as a bouncer's lock is.
     return _process.get("callbacks") or _process.setdefault("callbacks", _Callbacks())
 
 
@@ -1714,6 +1704,7 @@ class _RelayReader(_OwnThread):
         self._bouncer = weakref.ref(bouncer)
         self._relay = relay
         self._position: _Id | None = None  # the id of the entry that was read last
+        self.has_read = threading.Condition()  # notified of it: subscribe() may wait for an id
         self._is_in_contact = False  # the relay has answered, and has not failed since
         self._has_tried = threading.Event()  # set after the first attempt, whatever came of it
         self._asking = threading.Lock()  # held while the relay is asked, so one query at a time
@@ -1798,8 +1789,8 @@ class _RelayReader(_OwnThread):
             except Exception:
                 logger.exception("unexpected error; the relay's reader goes on")
             self._position = _parse_id(entry[0]) or self._position
-        with bouncer._monitor.lock:  # subscribe() may wait for this position
-            bouncer._monitor.changed.notify_all()
+        with self.has_read:
+            self.has_read.notify_all()
 
     def _take_entry(self, bouncer: EventBouncer, entry: _Entry, position: _Id) -> None:
         parsed = _parse_entry(entry)
@@ -1836,10 +1827,6 @@ def _parse_entry(entry: _Entry) -> tuple[_Event, _Id] | None:
         logger.warning("skipped an entry of the relay that is not an event: %s", error)
         return None
     return _Event(id, channel, frame), after
-
-
-def _have_caught_up(late: list[tuple[Subscription, float]]) -> bool:
-    return all(reader._has_caught_up(since) for reader, since in late)
 
 
 def _check_heartbeat(seconds: Any) -> None:
