@@ -1004,22 +1004,26 @@ class Subscription:
     channels: tuple[str, ...]
     maxsize: int  #: How many frames its reader may fall behind.
     _bouncer: EventBouncer
-    _lock: threading.RLock  # the bouncer's, which guards everything in here
-    _begins_after: _Id  # the id of the newest event from before it
-    _is_opening: bool  # its server has not begun to send it; until then no publisher waits for it
-    # How many frames it may hold: maxsize, and until it has been empty once, also room for the
-    # missed events, the snapshot and what came before its server began to send.
-    _limit: int
+    # How many frames it may hold beyond maxsize, until it has been empty once: room for the missed
+    # events, the snapshot and what came before its server began to send.
+    _room: int = 0
+    # When a broadcast found it full; None once it has been empty. Before its server begins to send
+    # it, the distant past, so that no publisher waits for it.
+    _late_since: float | None = None
     gap: bool = False  #: Whether something it asked for is no longer kept; see `subscribe`.
     ended: str | None = None  #: Why it has ended; None while it is live.
+    _lock: threading.RLock = dataclasses.field(init=False)  # the bouncer's; it guards all of this
     _frames: deque[Frame] = dataclasses.field(default_factory=deque)
-    _late_since: float | None = None  # when a broadcast found it full; None once it has been empty
     # Its reader waits for a frame, and publishers until it is empty. _put, _take and _mark_ended
     # notify both.
     _changed: threading.Condition | None = None
     _is_streamed: bool = False  # a response streams it
     _stream: _Stream | None = None  # the client's, once it is detached
     _on_close: Callable[[], object] | None = None
+
+    def __post_init__(self) -> None:
+        self.channels = tuple(dict.fromkeys(_check_channel(name) for name in self.channels))
+        self._lock = self._bouncer._lock
 
     def __repr__(self) -> str:
         names = ", ".join(map(repr, self.channels)) or "no channel"
@@ -1063,7 +1067,7 @@ class Subscription:
 
     def full(self) -> bool:
         """Return whether the next broadcast would find no room."""
-        return len(self._frames) >= self._limit
+        return len(self._frames) >= self.maxsize + self._room
 
     def __iter__(self) -> Iterator[Frame]:
         return self
@@ -1087,8 +1091,8 @@ class Subscription:
     def _begin(self) -> None:
         """Begin as a stream through the server: what it holds by now does not count."""
         with self._lock:
-            self._is_opening = False
-            self._limit = self.maxsize + len(self._frames)
+            self._late_since = None
+            self._room = len(self._frames)
 
     def _end(self, why: str) -> None:
         """End it. Called by the hub when it ends this subscription's stream."""
@@ -1107,7 +1111,7 @@ class Subscription:
     def _put_first(self, frames: list[Frame]) -> None:
         """Put frames that do not count before those that it holds."""
         self._frames.extendleft(reversed(frames))
-        self._limit += len(frames)
+        self._room += len(frames)
 
     def _put(self, frame: Frame) -> None:
         self._frames.append(frame)
@@ -1116,7 +1120,7 @@ class Subscription:
     def _take(self) -> Frame:
         frame = self._frames.popleft()
         if not self._frames:
-            self._limit = self.maxsize
+            self._room = 0
             self._late_since = None
             self._notify()
         return frame
@@ -1132,7 +1136,7 @@ class Subscription:
 
     def _is_late(self) -> bool:
         """Return whether it is full, but not yet for so long that no publisher waits for it."""
-        if self._is_opening or not self.full():
+        if not self.full():
             return False
         self._late_since = self._late_since or time.monotonic()
         return time.monotonic() < self._late_since + _MAX_LAG
@@ -1144,13 +1148,13 @@ class Subscription:
         stream.channels, stream.owner = self.channels, self
         return [frame.wire for frame in held]
 
-    def _mark_ended(self, why: str) -> Callable[[], object] | None:
-        """Return what is to be called because of it."""
+    def _mark_ended(self, why: str) -> None:
         self.ended = why
         self._stream = None  # which refers to this
         self._notify()
         on_close, self._on_close = self._on_close, None
-        return on_close
+        if on_close is not None:
+            _callbacks().call(on_close)
 
     def _disown(self) -> None:
         """End it in a forked child, where the parent's lock may be held for ever."""
@@ -1297,7 +1301,9 @@ class EventBouncer:
         :raises Refused: if there are ``max_subscribers`` already, or after `close`.
         """
         seen = self._seen(last_event_id, is_trusted=True)
-        return self._subscribe(channels, seen, wants_snapshot=False, is_opening=False)
+        subscription = Subscription(channels, self.maxsize, self)
+        self._add(subscription, seen, wants_snapshot=False)
+        return subscription
 
     def broadcast(
         self,
@@ -1361,7 +1367,8 @@ class EventBouncer:
             block and broadcast, and what they raise is logged. None, the default, tells nobody.
         :raises ValueError: if there is a snapshot, and ``last_event_id`` is ``"earliest"``.
         """
-        return _stream_response(self, channels, last_event_id, snapshot, on_close)
+        subscription = Subscription(channels, self.maxsize, self, _OPENING_ROOM, -math.inf)
+        return _stream_response(subscription, last_event_id, snapshot, on_close)
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """End one subscription; what it holds is still delivered. A second call has no effect."""
@@ -1397,7 +1404,7 @@ class EventBouncer:
                         before(*args)
                     signal.signal(number, handle)
         """
-        self._closed = True  # before the loop: see the end of _subscribe()
+        self._closed = True  # before the loop: see _add()
         for subscription in self.subscribers:
             self._remove(subscription, "closed")
 
@@ -1442,33 +1449,24 @@ class EventBouncer:
             return _EARLIEST
         return _parse_id(last_event_id) or _FOREIGN_ID
 
-    def _subscribe(
-        self, channels: Iterable[str], seen: _Id | None, wants_snapshot: bool, is_opening: bool
-    ) -> Subscription:
-        names = tuple(dict.fromkeys(_check_channel(name) for name in channels))
+    def _add(self, subscription: Subscription, seen: _Id | None, wants_snapshot: bool) -> None:
         reader = self._start_relay_reader()
         if reader is not None and seen is not None and reader.has_yet_to_read(seen):
             with reader.has_read:
                 reader.has_read.wait_for(lambda: reader.has_passed(seen), _RELAY_WAIT)
         with self._lock:
-            count = len(self._readers) + len(self._detached)
-            if self._closed:
-                raise self._refused("an open bouncer", "a closed one")
-            if count >= (self.max_subscribers or math.inf):
+            if len(self._readers) + len(self._detached) >= (self.max_subscribers or math.inf):
                 raise self._refused(f"fewer than {self.max_subscribers} subscribers", "as many")
-            limit = self.maxsize + (_OPENING_ROOM if is_opening else 0)
-            newest = self._history.newest
-            subscription = Subscription(
-                names, self.maxsize, self, self._lock, newest, is_opening, limit
-            )
+            self._readers[subscription] = None
+            # This look comes second, as a signal handler may close the bouncer, which ends it.
+            if self._closed and subscription.ended is None:
+                self._readers.pop(subscription, None)
+                raise self._refused("an open bouncer", "a closed one")
             if seen is not None:
                 self._replay_to(subscription, seen, wants_snapshot)
-            self._readers[subscription] = None
-            if self._closed:  # by a signal handler, since the look above
-                self._remove(subscription, "closed")
         if subscription.gap:
-            logger.debug("a client of channels %s has missed something for good", names)
-        return subscription
+            channels = subscription.channels
+            logger.debug("a client of channels %s has missed something for good", channels)
 
     def _replay_to(self, subscription: Subscription, seen: _Id, wants_snapshot: bool) -> None:
         channels = subscription.channels
@@ -1487,26 +1485,19 @@ class EventBouncer:
             self._counts["refused"] += 1
         return Refused(f"subscribe: expected {expected}, got {given}; try later")
 
-    def _add_snapshot(self, subscription: Subscription, load: Callable[[], object]) -> None:
-        """Put the app's state before everything that the subscription holds."""
-        state = load()
+    def _add_snapshot(self, subscription: Subscription, state: object, id: str | None) -> None:
+        """Put the app's state before everything that the subscription holds.
+
+        :param id: Of the newest event from before the state was made. A client that leaves right
+            after the state comes back with this id, and then gets what was broadcast meanwhile.
+        """
         if state is None:
             raise ValueError(_wrong("snapshot", "the state", state, "return something to send"))
         frame = self._format(state, None if isinstance(state, Frame) else "snapshot")
-        if self._gives_ids:
-            # A client that leaves right after the snapshot comes back with this id, and then gets
-            # what was broadcast while it was made.
-            frame = _with_id(frame, _id_text(subscription._begins_after))
+        if id is not None:
+            frame = _with_id(frame, id)
         with self._lock:
             subscription._put_first([frame])
-
-    def _tell_when_closed(self, subscription: Subscription, on_close: Callable[[], object]) -> None:
-        _callbacks().start()
-        with self._lock:
-            if subscription.ended is None:
-                subscription._on_close = on_close
-            else:  # it was dropped, or closed, a moment ago
-                _callbacks().call(on_close)
 
     def _attach(self, subscription: Subscription, stream: _Stream) -> None:
         """Move a subscription from the readers to the hub, with its client's connection.
@@ -1547,9 +1538,7 @@ class EventBouncer:
             if why == "dropped":
                 self._counts["dropped"] += 1
             stream = subscription._stream
-            on_close = subscription._mark_ended(why)
-            if on_close is not None:
-                _callbacks().call(on_close)
+            subscription._mark_ended(why)
             self._readers.pop(subscription, None)
             if self._hub is not None and stream is not None:
                 self._hub.end(stream, why in _MEANT_ENDS)  # before a signal handler can retire it
@@ -1598,13 +1587,11 @@ class EventBouncer:
         """Put a frame into every queue. Return the readers that had no room, and are dropped."""
         if self._hub is not None:
             self._hub.send(channel, frame.wire)
-        dropped = []
+        dropped = [reader for reader in self._audience(channel) if reader.full()]
+        for reader in dropped:
+            self._remove(reader, "dropped")
         for reader in self._audience(channel):
-            if reader.full():
-                dropped.append(reader)
-                self._remove(reader, "dropped")
-            else:
-                reader._put(frame)
+            reader._put(frame)
         return dropped
 
     def _audience(self, channel: str | None) -> list[Subscription]:
@@ -1931,10 +1918,11 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
 
 
 def _stream_response(
-    bouncer: EventBouncer, names: Iterable[str], last: str | None, snapshot: _Call, on_close: _Call
+    subscription: Subscription, last: str | None, snapshot: _Call, on_close: _Call
 ) -> Response:
     from flask import request
 
+    bouncer = subscription._bouncer
     if snapshot is not None and last == "earliest":
         raise ValueError(_wrong("last_event_id", "an id beside a snapshot", last, "leave it out"))
     if request.environ.get("wsgi.multiprocess") and bouncer.relay is None:
@@ -1943,22 +1931,23 @@ def _stream_response(
     # view may ask for everything that is kept.
     returning = request.headers.get("Last-Event-ID") or request.args.get("lastEventId")
     seen = bouncer._seen(returning or last, is_trusted=not returning)
+    if on_close is not None:
+        _callbacks().start()
+        subscription._on_close = functools.partial(contextvars.copy_context().run, on_close)
     try:
         _check_descriptors(bouncer)
-        subscription = bouncer._subscribe(names, seen, snapshot is not None, is_opening=True)
+        newest = bouncer.latest_id()
+        bouncer._add(subscription, seen, snapshot is not None)
     except Refused as refused:
         return _refuse(refused, bouncer)
     try:
         if snapshot is not None and (seen is None or subscription.gap):
-            bouncer._add_snapshot(subscription, snapshot)
-        response = sse_response(subscription)
-        if on_close is not None:
-            context = contextvars.copy_context()
-            bouncer._tell_when_closed(subscription, functools.partial(context.run, on_close))
+            bouncer._add_snapshot(subscription, snapshot(), newest)
+        return sse_response(subscription)
     except BaseException:
+        subscription._on_close = None  # there was no stream
         bouncer.unsubscribe(subscription)
         raise
-    return response
 
 
 def _refuse(refused: Refused, bouncer: EventBouncer) -> Response:
