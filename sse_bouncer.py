@@ -252,9 +252,9 @@ def _lines(text: str) -> list[str]:
     return _unify_line_ends(text).split("\n")
 
 
-def _check_text(name: str, value: Any) -> str:
+def _check_text(name: str, value: Any, advice: str = "use str(...)") -> str:
     if not isinstance(value, str):
-        raise TypeError(_wrong(name, "text", value, "use str(...)"))
+        raise TypeError(_wrong(name, "text", value, advice))
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -546,7 +546,8 @@ def _decoded(value: bytes | str) -> str:
 
 _SEND_BUFFER = 64 * 1024  # bytes that a connection holds in the kernel; its default is megabytes
 _BACKLOG = 64 * 1024  # bytes of frames that may wait for the hub before publishers do
-_BURST = 1_000  # frames beyond its limit that a stream may hold for _MAX_LAG, as in a burst
+# Frames beyond its limit that a stream may hold until its server begins it, and then for _MAX_LAG.
+_BURST = 1_000
 _MAX_LAG = 1.0  # seconds for a stream, or a reader, to catch up before it is dropped
 # Seconds for an ended stream to make progress, and then for its client to close: a socket that is
 # closed with unread input is reset, and what is under way gets lost.
@@ -974,7 +975,6 @@ _send_to_all = _sender()
 # of broadcasts would drop readers that could keep up, because they get no chance to run.
 _GRACE = 0.05
 _LOOKS = 10  # into which the wait is divided
-_OPENING_ROOM = 1_000  # frames beyond maxsize that a stream may hold before its server begins it
 _LONGEST_WAIT = 1.0  # seconds after which a reader that waits looks again
 _RELAY_WAIT = 1.0  # seconds that a subscriber waits for the relay
 _READ_TIMEOUT = 2.0  # seconds that the relay waits for an event; redis-py gives up after 5
@@ -1196,6 +1196,7 @@ class EventBouncer:
     detach: bool = True
 
     def __post_init__(self) -> None:
+        self._given = dict(vars(self))  # the parameters; from here on they are read-only
         _check_integer("maxsize", self.maxsize, 1)
         _check_integer("history", self.history, 0)
         if self.max_subscribers is not None:
@@ -1212,7 +1213,6 @@ class EventBouncer:
         if self.relay is not None and not all(hasattr(self.relay, name) for name in _RELAY_METHODS):
             expected = f"an object with {', '.join(_RELAY_METHODS)}"
             raise TypeError(_wrong("relay", expected, self.relay, "use RedisRelay(client)"))
-        self._given = {name: getattr(self, name) for name in _SETTINGS}
         self._dumps: Callable[[object], str | bytes] | None = None  # None: see format_sse()
         self._gives_ids = self.history > 0 or self.relay is not None
         self._closed = False
@@ -1234,7 +1234,7 @@ class EventBouncer:
         self._counts = {"events": 0, "dropped": 0, "refused": 0, "gaps": 0}
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in _SETTINGS and name in self.__dict__:
+        if name in vars(self).get("_given", ()):
             raise AttributeError(_wrong(name, "no other value", value, "use init_app(app)"))
         super().__setattr__(name, value)
 
@@ -1285,8 +1285,7 @@ class EventBouncer:
         with self._lock:  # nobody subscribes between the look and the update
             if count := len(self.subscribers):
                 raise RuntimeError(_wrong("init_app", "no subscribers", count, "call it earlier"))
-            new = {**vars(fresh), "_given": given, "_dumps": lambda data: app.json.dumps(data)}
-            self.__dict__.update(new)
+            vars(self).update(vars(fresh), _given=given, _dumps=lambda data: app.json.dumps(data))
         app.extensions["sse_bouncer"] = self
 
     def subscribe(self, *channels: str, last_event_id: str | None = None) -> Subscription:
@@ -1367,7 +1366,7 @@ class EventBouncer:
             block and broadcast, and what they raise is logged. None, the default, tells nobody.
         :raises ValueError: if there is a snapshot, and ``last_event_id`` is ``"earliest"``.
         """
-        subscription = Subscription(channels, self.maxsize, self, _OPENING_ROOM, -math.inf)
+        subscription = Subscription(channels, self.maxsize, self, _BURST, -math.inf)
         return _stream_response(subscription, last_event_id, snapshot, on_close)
 
     def unsubscribe(self, subscription: Subscription) -> None:
@@ -1565,10 +1564,9 @@ class EventBouncer:
                 return
             self._counts["events"] += 1
             dropped = self._fan_out(channel, frame)
-            hub = self._hub
         for reader in dropped:
             logger.debug("dropped: a reader of %s, %d behind", reader.channels, reader.qsize())
-        if hub is not None:
+        if (hub := self._hub) is not None:
             hub.wait_while_behind()
 
     def _restart_history(self, floor: _Id, events: list[_Event], source: _RelayReader) -> None:
@@ -1637,7 +1635,6 @@ class EventBouncer:
             subscription._disown()
 
 
-_SETTINGS = [field.name for field in dataclasses.fields(EventBouncer)]
 _RELAY_METHODS = ("publish", "recent", "read")
 _bouncers: weakref.WeakSet[EventBouncer] = weakref.WeakSet()
 
@@ -1836,11 +1833,10 @@ def _retry_range(retry: Any) -> tuple[int, int] | None:
 
 
 def _check_channel(name: Any) -> str:
-    if not isinstance(name, str):
-        raise TypeError(_wrong("channel", "one name", name, "give each as a text of its own"))
-    if not name:
+    text = _check_text("channel", name, "give each name as a text of its own")
+    if not text:
         raise ValueError(_wrong("channel", "a name", name, "leave it out for everyone"))
-    return _check_text("channel", name)
+    return text
 
 
 # =================================================================================================
