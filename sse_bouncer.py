@@ -538,8 +538,8 @@ def _decoded(value: bytes | str) -> str:
 # =================================================================================================
 # 4. HUB
 # One thread that sends to many connections. It knows a client as a descriptor, what it sends as
-# bytes, and a channel as a name. The bouncer calls `send`, `attach`, `end` and `retire` under its
-# lock, and `start` and `wait_while_behind` without it. The first three are put into a mailbox, and
+# bytes, and a channel as a name. The bouncer calls `send`, `attach` and `end` under its lock, and
+# `start`, `wait_while_behind` and `retire` without it. The first three are put into a mailbox, and
 # the hub's thread does them in that order. Everything else belongs to that thread and needs no
 # lock. It alone closes a descriptor, after it has forgotten it: a reused number gets no other
 # client's frames. The exception is `close_in_child`, for a forked child.
@@ -646,7 +646,7 @@ class _Hub(_OwnThread):
         """Let the thread end when its last stream has. Nothing is posted afterwards."""
         # Not by a post: the hub's thread could take it and close the pipe before _wake() writes.
         descriptor, self._wakeup_write = self._wakeup_write, -1
-        if descriptor >= 0:  # a signal handler may have retired it a moment ago
+        if self in _hubs:  # not in a forked child, which has closed it
             os.close(descriptor)
             if not self._has_started:
                 self._release()
@@ -680,7 +680,7 @@ class _Hub(_OwnThread):
     def _wake(self) -> None:
         # The mail first, then the look at the flag; the hub clears the flag first, and then takes
         # the mail. So either it takes this one, or this one finds the flag cleared.
-        if not self._is_woken and self._wakeup_write >= 0:  # a signal handler may have retired it
+        if not self._is_woken:
             self._is_woken = True
             os.write(self._wakeup_write, b"\0")
 
@@ -992,6 +992,18 @@ class Ended(BrokenPipeError):
     """Raised by `Subscription.get` at the end; as EPIPE, so servers take it for a lost client."""
 
 
+class _HubInUse:
+    """A hub, and those who use it refer to this. When nobody does, the hub is retired.
+
+    So no signal handler can retire it under a thread that is about to post something.
+    """
+
+    def __init__(self, hub: _Hub) -> None:
+        self.hub = hub
+        # No __del__, during which another thread could still get this by a weak reference.
+        weakref.finalize(self, hub.retire).atexit = False
+
+
 @dataclasses.dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
 class Subscription:
     """A bounded queue of frames, with the reading half of ``queue.Queue``.
@@ -1226,9 +1238,9 @@ class EventBouncer:
         # Readers, and streams that have not begun. They are held weakly: if a view fails and its
         # subscription is never read, it goes, or fills up and is dropped.
         self._readers: weakref.WeakKeyDictionary[Subscription, None] = weakref.WeakKeyDictionary()
-        self._detached: set[Subscription] = set()  # of the hub's streams: there may be thousands
-        self._hub: _Hub | None = None  # there is one while there are detached streams
-        self._attaching: set[Subscription] = set()  # until it is empty, the hub is not retired
+        # Of the streams of the hub, which they keep: there may be thousands. `_hub` returns it.
+        self._detached: dict[Subscription, _HubInUse] = {}
+        self._hub: Callable[[], _HubInUse | None] = lambda: None
         self._relay_reader: _RelayReader | None = None  # made when it is first needed
         self._publishes_into_nothing = False
         self._counts = {"events": 0, "dropped": 0, "refused": 0, "gaps": 0}
@@ -1503,31 +1515,21 @@ class EventBouncer:
 
         If there can be no hub, OSError or RuntimeError is raised, and nothing has changed.
         """
-        # First of all: from here on no signal handler can retire the hub. If one ends the
-        # subscription meanwhile, its end comes to the hub before the stream does and is without
-        # effect there. So it is posted again below.
-        self._attaching.add(subscription)
-        try:
-            with self._lock:
-                self._hub = self._hub or _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
-                hub = self._hub
-            hub.start()
-            with self._lock:
-                self._detached.add(subscription)
-                self._readers.pop(subscription, None)
-                hub.attach(stream, subscription._detach(stream))
-                if subscription.ended is not None:
-                    self._detached.discard(subscription)
-                    hub.end(stream, subscription.ended in _MEANT_ENDS)
-        finally:
-            with self._lock:
-                self._attaching.discard(subscription)
-                self._retire_hub_if_idle()
-
-    def _retire_hub_if_idle(self) -> None:  # called with the lock held
-        if self._hub is not None and not self._detached and not self._attaching:
-            hub, self._hub = self._hub, None
-            hub.retire()
+        with self._lock:
+            used = self._hub() or _HubInUse(
+                _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
+            )
+            self._hub = weakref.ref(used)
+        used.hub.start()
+        with self._lock:
+            self._detached[subscription] = used
+            self._readers.pop(subscription, None)
+            used.hub.attach(stream, subscription._detach(stream))
+            # If a signal handler, or another thread, has ended the subscription meanwhile, its end
+            # came to the hub before the stream did, and was without effect there.
+            if subscription.ended is not None:
+                self._detached.pop(subscription, None)
+                used.hub.end(stream, subscription.ended in _MEANT_ENDS)
 
     def _remove(self, subscription: Subscription, why: str) -> None:
         """End a subscription. If it has ended before, this has no effect."""
@@ -1539,10 +1541,9 @@ class EventBouncer:
             stream = subscription._stream
             subscription._mark_ended(why)
             self._readers.pop(subscription, None)
-            if self._hub is not None and stream is not None:
-                self._hub.end(stream, why in _MEANT_ENDS)  # before a signal handler can retire it
-            self._detached.discard(subscription)
-            self._retire_hub_if_idle()
+            used = self._detached.pop(subscription, None)
+            if used is not None and stream is not None:
+                used.hub.end(stream, why in _MEANT_ENDS)
 
     # What delivers events. The relay's reader calls the first two.
 
@@ -1566,8 +1567,8 @@ class EventBouncer:
             dropped = self._fan_out(channel, frame)
         for reader in dropped:
             logger.debug("dropped: a reader of %s, %d behind", reader.channels, reader.qsize())
-        if (hub := self._hub) is not None:
-            hub.wait_while_behind()
+        if (used := self._hub()) is not None:
+            used.hub.wait_while_behind()
 
     def _restart_history(self, floor: _Id, events: list[_Event], source: _RelayReader) -> None:
         """Begin the history anew, and tell every stream that it may have missed something."""
@@ -1583,8 +1584,8 @@ class EventBouncer:
 
     def _fan_out(self, channel: str | None, frame: Frame) -> list[Subscription]:
         """Put a frame into every queue. Return the readers that had no room, and are dropped."""
-        if self._hub is not None:
-            self._hub.send(channel, frame.wire)
+        if (used := self._hub()) is not None:
+            used.hub.send(channel, frame.wire)
         dropped = [reader for reader in self._audience(channel) if reader.full()]
         for reader in dropped:
             self._remove(reader, "dropped")
