@@ -59,7 +59,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Set
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -998,10 +998,10 @@ class _HubInUse:
     So no signal handler can retire it under a thread that is about to post something.
     """
 
-    def __init__(self, hub: _Hub) -> None:
-        self.hub = hub
+    def __init__(self, maxsize: int, heartbeat: float | None, heartbeat_wire: bytes) -> None:
+        self.hub = _Hub(maxsize, heartbeat, heartbeat_wire)
         # No __del__, during which another thread could still get this by a weak reference.
-        weakref.finalize(self, hub.retire).atexit = False
+        weakref.finalize(self, self.hub.retire).atexit = False
 
 
 @dataclasses.dataclass(slots=True, weakref_slot=True, eq=False, repr=False)
@@ -1400,7 +1400,7 @@ class EventBouncer:
                 self.relay.publish(left[-1], None)
                 left.pop()
         finally:
-            self._disconnect(left)  # without a relay all; with one, those that it did not take
+            self._disconnect(set(left))  # without a relay all; with one, those that it did not take
 
     def close(self) -> None:
         """End every stream of this process, after what it holds, and refuse new ones.
@@ -1476,8 +1476,7 @@ class EventBouncer:
             if seen is not None:
                 self._replay_to(subscription, seen, wants_snapshot)
         if subscription.gap:
-            channels = subscription.channels
-            logger.debug("a client of channels %s has missed something for good", channels)
+            logger.debug("a client of %s has missed something for good", subscription.channels)
 
     def _replay_to(self, subscription: Subscription, seen: _Id, wants_snapshot: bool) -> None:
         channels = subscription.channels
@@ -1516,9 +1515,7 @@ class EventBouncer:
         If there can be no hub, OSError or RuntimeError is raised, and nothing has changed.
         """
         with self._lock:
-            used = self._hub() or _HubInUse(
-                _Hub(self.maxsize, self.heartbeat, self._heartbeat_wire)
-            )
+            used = self._hub() or _HubInUse(self.maxsize, self.heartbeat, self._heartbeat_wire)
             self._hub = weakref.ref(used)
         used.hub.start()
         with self._lock:
@@ -1607,10 +1604,9 @@ class EventBouncer:
             if not late[0]._wait(_GRACE / _LOOKS):
                 looks -= 1
 
-    def _disconnect(self, channels: Iterable[str | None]) -> None:
-        names = set(channels)
+    def _disconnect(self, channels: Set[str | None]) -> None:
         for subscription in self.subscribers:
-            if not names.isdisjoint(subscription.channels):
+            if not channels.isdisjoint(subscription.channels):
                 self._remove(subscription, "disconnected")
 
     # What belongs to the relay, and to a forked child.
