@@ -606,7 +606,6 @@ class _Hub(_OwnThread):
         self._heartbeat_wire = heartbeat_wire
         self._mailbox: deque[_Message | _Command] = deque()
         self._is_woken = False  # a byte is in the pipe, or the hub is about to look anyway
-        self._is_retired = False  # the pipe has been closed: the thread ends with its last stream
         # Bytes of frames that were put into the mailbox, changed under the bouncer's lock, and of
         # those that the hub's thread has sent, changed by it.
         self._queued_bytes = self._sent_bytes = 0
@@ -644,7 +643,7 @@ class _Hub(_OwnThread):
 
     def retire(self) -> None:
         """Let the thread end when its last stream has. Nothing is posted afterwards."""
-        # Not by a post: the hub's thread could take it and close the pipe before _wake() writes.
+        # Not by a post: the hub's thread could take it and close the pipe before _post() writes.
         descriptor, self._wakeup_write = self._wakeup_write, -1
         if self in _hubs:  # not in a forked child, which has closed it
             os.close(descriptor)
@@ -674,12 +673,9 @@ class _Hub(_OwnThread):
                 os.close(descriptor)
 
     def _post(self, post: _Message | _Command) -> None:
-        self._mailbox.append(post)
-        self._wake()
-
-    def _wake(self) -> None:
         # The mail first, then the look at the flag; the hub clears the flag first, and then takes
         # the mail. So either it takes this one, or this one finds the flag cleared.
+        self._mailbox.append(post)
         if not self._is_woken:
             self._is_woken = True
             os.write(self._wakeup_write, b"\0")
@@ -689,7 +685,8 @@ class _Hub(_OwnThread):
 
     def _run(self) -> None:
         self._thread = threading.get_ident()
-        while self._mailbox or self._groups or self._deadlines or not self._is_retired:
+        # Until retire() has closed the pipe, the selector has it; each stream is in there as well.
+        while self._mailbox or self._selector.get_map():
             try:
                 self._take_turn()
             except Exception:
@@ -709,7 +706,6 @@ class _Hub(_OwnThread):
             if key.data is None:
                 # Read before the flag is cleared, or this would take the byte of a later message.
                 if not os.read(self._wakeup_read, 1024):  # retire() has closed the other end
-                    self._is_retired = True
                     self._selector.unregister(self._wakeup_read)
             else:
                 self._guard(self._serve, key.data, events)
