@@ -639,7 +639,7 @@ class _Hub(_OwnThread):
         If the end is meant, the body ends as a complete one. If not, it is cut off, and a client
         that notices this comes back.
         """
-        self._post(_Command(self._end_body if is_meant else self._end, stream))
+        self._post(_Command(functools.partial(self._end, is_meant=is_meant), stream))
 
     def retire(self) -> None:
         """Let the thread end when its last stream has. Nothing is posted afterwards."""
@@ -807,16 +807,13 @@ class _Hub(_OwnThread):
         data = b"".join(wires)
         yielded_at = time.monotonic()
         for batch in (streams[i : i + _BATCH] for i in range(0, len(streams), _BATCH)):
-            # Both lists are made before anything is sent: _hold() changes `pending`.
-            clear = [s for s in batch if s.pending is None]
-            behind = [s for s in batch if s.pending is not None] if len(clear) < len(batch) else []
-            taken = _send_to_all([s.descriptor for s in clear], data)
-            if taken.count(len(data)) < len(clear):  # mostly all of them have taken everything
-                for stream, count in zip(clear, taken, strict=True):
+            # A stream that is behind has its turn later: at -1 a send fails at once.
+            descriptors = [s.descriptor if s.pending is None else -1 for s in batch]
+            taken = _send_to_all(descriptors, data)
+            if taken.count(len(data)) < len(batch):  # mostly all of them have taken everything
+                for stream, count in zip(batch, taken, strict=True):
                     if count < len(data):
                         self._guard(self._hold, stream, wires, max(count, 0))  # -1 is an error
-            for stream in behind:
-                self._guard(self._hold, stream, wires, 0)
             # The interpreter switches threads by itself, every 5 milliseconds; gevent does not.
             if time.monotonic() - yielded_at > 0.005:
                 time.sleep(0)
@@ -828,10 +825,8 @@ class _Hub(_OwnThread):
             stream.pending.extend(wires)
         else:
             stream.pending = deque(wires)
-            if taken:
-                self._note_taken(stream, taken)
-            else:  # it is full, or gone: a write tells which
-                self._write_pending(stream)
+            _remove_taken(stream.pending, taken)
+            self._write_pending(stream)  # it is full, or gone: a write tells which
         over = len(stream.pending or ()) - stream.limit
         if over > _BURST:
             stream.owner._end("dropped")
@@ -849,28 +844,21 @@ class _Hub(_OwnThread):
             self._write_pending(stream)
 
     def _write_pending(self, stream: _Stream) -> None:
-        taken = 0
-        if stream.pending:
-            with contextlib.suppress(BlockingIOError):  # up to 1,024 buffers, the system's limit
-                taken = os.writev(stream.descriptor, [*itertools.islice(stream.pending, 1024)])
-        self._note_taken(stream, taken)
-
-    def _note_taken(self, stream: _Stream, taken: int) -> None:
-        """Remove from the pending frames what the connection took.
+        """Write what is pending, as far as the connection takes it.
 
         Then set the stream's deadline, its limit and what to wait for. If it is ending and has
         everything, shut it down.
         """
         pending = stream.pending or deque()
-        while pending and taken >= len(pending[0]):
-            taken -= len(pending.popleft())
+        with contextlib.suppress(BlockingIOError):  # up to 1,024 buffers, the system's limit
+            taken = os.writev(stream.descriptor, [*itertools.islice(pending, 1024)])
+            _remove_taken(pending, taken)
         if not stream.is_live:  # it is ending
             self._deadlines[stream] = time.monotonic() + _LINGER
         elif len(pending) <= stream.limit:
             self._deadlines.pop(stream, None)
         events = selectors.EVENT_READ
         if pending:
-            pending[0] = memoryview(pending[0])[taken:]
             events |= selectors.EVENT_WRITE
         else:
             stream.pending = None
@@ -880,20 +868,14 @@ class _Hub(_OwnThread):
                     connection.shutdown(socket.SHUT_WR)
         self._selector.modify(stream.descriptor, events, stream)
 
-    def _end_body(self, stream: _Stream) -> None:
-        if stream.is_live:
-            stream.pending = stream.pending or deque()
-            stream.pending.append(stream.framing(b""))
-        self._end(stream)
-
-    def _end(self, stream: _Stream) -> None:
+    def _end(self, stream: _Stream, is_meant: bool) -> None:
         if stream.is_live:
             self._forget(stream)
+            last = stream.framing(b"") if is_meant else b""
+            stream.pending = deque([*(stream.pending or ()), last])
             self._write_pending(stream)
 
     def _forget(self, stream: _Stream) -> None:
-        if not stream.is_live:
-            return
         stream.is_live = False
         for channel in (None, *stream.channels):
             group = self._groups[stream.framing, channel]
@@ -907,13 +889,22 @@ class _Hub(_OwnThread):
             return
         stream.pending = None
         self._deadlines.pop(stream, None)
-        self._forget(stream)
+        if stream.is_live:
+            self._forget(stream)
         with contextlib.suppress(KeyError):  # it was not registered yet
             self._selector.unregister(descriptor)
         # Closing alone tells the client nothing if the process has just been forked.
         with contextlib.suppress(OSError), _socket_of(descriptor) as connection:
             connection.shutdown(socket.SHUT_RDWR)
         stream.owner._end("its client left")
+
+
+def _remove_taken(pending: deque[bytes | memoryview], taken: int) -> None:
+    """Remove from pending frames so many bytes, which the connection took."""
+    while pending and taken >= len(pending[0]):
+        taken -= len(pending.popleft())
+    if taken:
+        pending[0] = memoryview(pending[0])[taken:]
 
 
 def _socket_of(descriptor: int) -> socket.socket:
