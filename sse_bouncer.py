@@ -606,9 +606,6 @@ class _Hub(_OwnThread):
         self._heartbeat_wire = heartbeat_wire
         self._mailbox: deque[_Message | _Command] = deque()
         self._is_woken = False  # a byte is in the pipe, or the hub is about to look anyway
-        # Bytes of frames that were put into the mailbox, changed under the bouncer's lock, and of
-        # those that the hub's thread has sent, changed by it.
-        self._queued_bytes = self._sent_bytes = 0
         # The live streams by framing and channel, and for None those of any channel.
         self._groups: dict[tuple[_Framing, str | None], dict[_Stream, None]] = {}
         self._framings: set[_Framing] = set()
@@ -624,7 +621,6 @@ class _Hub(_OwnThread):
 
     def send(self, channel: str | None, wire: bytes) -> None:
         """Send a frame to the streams of a channel; None is every stream."""
-        self._queued_bytes += len(wire)
         self._post(_Message(channel, wire))
 
     def attach(self, stream: _Stream, held: Iterable[bytes]) -> None:
@@ -650,12 +646,12 @@ class _Hub(_OwnThread):
             if not self._has_started:
                 self._release()
 
-    def wait_while_behind(self) -> None:
-        """Wait, but not for ever, while too many bytes of frames are left to send."""
+    def wait_while_behind(self, size: int) -> None:
+        """Wait, but not for ever, while more than 64 KiB of frames of this size are to be sent."""
         if threading.get_ident() == self._thread:  # a finaliser that broadcasts would wait in vain
             return
         until = time.monotonic() + _MAX_LAG
-        while self._queued_bytes - self._sent_bytes > _BACKLOG and time.monotonic() < until:
+        while len(self._mailbox) > _BACKLOG // size and time.monotonic() < until:
             time.sleep(_POLL_INTERVAL)
 
     def close_in_child(self) -> None:
@@ -775,32 +771,28 @@ class _Hub(_OwnThread):
         self._write_pending(stream)
 
     def _send(self, messages: list[_Message]) -> None:
-        try:
-            for framing in self._framings:
-                self._send_framed(framing, [(name, framing(wire)) for name, wire in messages])
-        finally:
-            self._sent_bytes += sum(len(message.wire) for message in messages)
-
-    def _send_framed(self, framing: _Framing, messages: list[tuple[str | None, bytes]]) -> None:
-        by_name: dict[str | None, list[tuple[int, bytes]]] = {}  # with their places in the order
-        for place, (name, wire) in enumerate(messages):
-            by_name.setdefault(name, []).append((place, wire))
-        # First the streams of the named channels: those that have the same channels get the same.
-        alike: dict[tuple[str, ...], dict[_Stream, None]] = {}
-        for name in by_name.keys() - {None}:
-            for stream in self._groups.get((framing, name), ()):
-                alike.setdefault(stream.channels, {})[stream] = None
-        for channels, streams in alike.items():
-            # Their places put them back into the order in which they were posted.
-            mine = sorted(itertools.chain(*(by_name.get(name, ()) for name in (None, *channels))))
-            self._send_to(list(streams), [wire for _, wire in mine])
-        # Then all others, which get only what is for everyone.
-        if to_all := by_name.get(None):
-            rest = list(self._groups.get((framing, None), ()))
-            if alike:
-                rest = [stream for stream in rest if stream.channels not in alike]
-            self._send_to(rest, [wire for _, wire in to_all])
-            self._heartbeat_at = time.monotonic() + self._heartbeat
+        for framing in self._framings:
+            by_name: dict[
+                str | None, list[tuple[int, bytes]]
+            ] = {}  # with their places in the order
+            for place, (name, wire) in enumerate(messages):
+                by_name.setdefault(name, []).append((place, framing(wire)))
+            # First the streams of the named channels: those with the same channels get the same.
+            alike: dict[tuple[str, ...], dict[_Stream, None]] = {}
+            for name in by_name.keys() - {None}:
+                for stream in self._groups.get((framing, name), ()):
+                    alike.setdefault(stream.channels, {})[stream] = None
+            for channels, streams in alike.items():
+                # Their places put them back into the order in which they were posted.
+                mine = sorted(itertools.chain(*(by_name.get(n, ()) for n in (None, *channels))))
+                self._send_to(list(streams), [wire for _, wire in mine])
+            # Then all others, which get only what is for everyone.
+            if to_all := by_name.get(None):
+                rest = list(self._groups.get((framing, None), ()))
+                if alike:
+                    rest = [stream for stream in rest if stream.channels not in alike]
+                self._send_to(rest, [wire for _, wire in to_all])
+                self._heartbeat_at = time.monotonic() + self._heartbeat
 
     def _send_to(self, streams: list[_Stream], wires: list[bytes]) -> None:
         """Send the same to many streams: one system call for each, however many events."""
@@ -1546,7 +1538,7 @@ class EventBouncer:
         for reader in dropped:
             logger.debug("dropped: a reader of %s, %d behind", reader.channels, reader.qsize())
         if (used := self._hub()) is not None:
-            used.hub.wait_while_behind()
+            used.hub.wait_while_behind(len(frame.wire))
 
     def _restart_history(self, floor: _Id, events: list[_Event], source: _RelayReader) -> None:
         """Begin the history anew, and tell every stream that it may have missed something."""
