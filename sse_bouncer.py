@@ -564,10 +564,6 @@ _EXIT_TIME = 1.0  # seconds that a process which ends gives its hubs and callbac
 _Framing = Callable[[bytes], bytes]  # what to send for a frame; for b"", what ends the body
 
 
-class _Owner(Protocol):
-    def _end(self, why: str) -> None: ...
-
-
 @dataclasses.dataclass(slots=True, eq=False)
 class _Stream:
     """A client's connection, and what it has still to get. Once attached, it is the hub's own."""
@@ -578,7 +574,7 @@ class _Stream:
     pending: deque[bytes | memoryview] | None  # framed; None if it is not behind
     channels: tuple[str, ...] = ()
     # Told by the hub when the stream ends. No bound method: that takes 64 bytes more.
-    owner: _Owner = dataclasses.field(init=False)
+    owner: Subscription = dataclasses.field(init=False)
     is_live: bool = False  # it gets what is sent
     limit: int = 0  # how many frames may be pending
 
@@ -1137,9 +1133,9 @@ class Subscription:
         self.ended = why
         self._stream = None  # which refers to this
         self._notify()
-        on_close, self._on_close = self._on_close, None
-        if on_close is not None:
-            _callbacks().call(on_close)
+        if self._on_close is not None:
+            _callbacks().call(self._on_close)
+            self._on_close = None
 
     def _disown(self) -> None:
         """End it in a forked child, where the parent's lock may be held for ever."""
