@@ -95,28 +95,20 @@ def _check_integer(name: str, value: object, least: int) -> int:
     return int(value)
 
 
-class _Forked(BaseException):
-    """Ends the parent's greenlets in a forked child."""
-
-
 _greenlets: weakref.WeakSet[Any] = weakref.WeakSet()  # in which threads of this file run
 
 
 def _start_thread(run: Callable[[], None], name: str) -> None:
-    """Run a function in a daemon thread. RuntimeError if there can be no more threads."""
+    """Run a function in a daemon thread, or under gevent in a greenlet.
 
-    def target() -> None:
-        process = os.getpid()
-        if "gevent" in sys.modules:
-            _greenlets.add(sys.modules["gevent"].getcurrent())
-        with contextlib.suppress(_Forked):
-            run()
-        # In a forked child this greenlet must not end, or threading would fail: it sleeps for ever.
-        while os.getpid() != process:
-            with contextlib.suppress(_Forked):
-                threading.Event().wait()
-
-    threading.Thread(target=target, name=name, daemon=True).start()
+    RuntimeError if there can be no more threads.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        # Not by threading, in which a greenlet fails that is killed in a forked child.
+        _greenlets.add(sys.modules["gevent"].spawn(run))
+    else:
+        threading.Thread(target=run, name=name, daemon=True).start()
 
 
 class _OwnThread(abc.ABC):
@@ -1628,9 +1620,9 @@ class _Callbacks(_OwnThread):
             on_close = self._due.get()
             try:
                 on_close()
-            except _Forked:
-                raise
             except BaseException:  # also SystemExit and gevent.Timeout: the next ones have to run
+                if _process.get("callbacks") is not self:  # killed in a forked child, by gevent
+                    raise
                 logger.exception("an on_close function failed: %r", on_close)
             del on_close  # and with it the context of the view
 
@@ -2333,8 +2325,7 @@ def _check_descriptors(bouncer: EventBouncer) -> None:
 
 def _begin_in_child() -> None:
     for greenlet in list(_greenlets):  # greenlets survive a fork; threads do not
-        if hasattr(greenlet, "kill"):  # that of a thread which gevent has not patched has none
-            greenlet.kill(_Forked, block=False)
+        greenlet.kill(block=False)
     for hub in _hubs:
         hub.close_in_child()
     for started in (_greenlets, _hubs, _running, _process):
