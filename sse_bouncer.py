@@ -117,21 +117,18 @@ class _OwnThread(abc.ABC):
     def __init__(self, name: str) -> None:
         self._name = name
         self._has_started = False
-        self._is_taken = threading.Lock()  # acquired by the thread, and never released
+        self._starting = threading.Lock()
 
     def start(self) -> None:
         """Start the thread, if it has not been started. RuntimeError if there can be none.
 
-        Call it without holding a lock, as starting a thread yields to other greenlets. If two
-        callers start it at the same time, the second thread ends at once.
+        A second caller waits for the first: when this returns, the thread has been started. Call it
+        without holding a lock, as starting a thread may take its time.
         """
-        if not self._has_started:
-            _start_thread(self._run_alone, self._name)
-            self._has_started = True
-
-    def _run_alone(self) -> None:
-        if self._is_taken.acquire(blocking=False):
-            self._run()
+        with self._starting:
+            if not self._has_started:
+                _start_thread(self._run, self._name)
+                self._has_started = True
 
     @abc.abstractmethod
     def _run(self) -> None: ...
@@ -1126,7 +1123,7 @@ class Subscription:
         self._stream = None  # which refers to this
         self._notify()
         if self._on_close is not None:
-            _callbacks().call(self._on_close)
+            _callbacks().due.put(self._on_close)
             self._on_close = None
 
     def _disown(self) -> None:
@@ -1602,22 +1599,12 @@ class _Callbacks(_OwnThread):
 
     def __init__(self) -> None:
         super().__init__("sse_bouncer on_close")
-        # A signal handler that ends streams may interrupt call(): only a SimpleQueue allows that.
-        self._due: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-
-    def call(self, on_close: Callable[[], object]) -> None:
-        self._due.put(on_close)
-
-    def wait_until_done(self, timeout: float) -> None:
-        """Wait until everything that is due has been called."""
-        done = threading.Event()
-        self.call(done.set)
-        if self._has_started:
-            done.wait(timeout)
+        # A signal handler that ends streams may interrupt put(): only a SimpleQueue allows that.
+        self.due: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
     def _run(self) -> None:
         while True:
-            on_close = self._due.get()
+            on_close = self.due.get()
             try:
                 on_close()
             except BaseException:  # also SystemExit and gevent.Timeout: the next ones have to run
@@ -2348,4 +2335,7 @@ def _end_at_exit() -> None:
         until = time.monotonic() + seconds
         while started and time.monotonic() < until:
             time.sleep(_POLL_INTERVAL)
-    _callbacks().wait_until_done(_EXIT_TIME)
+    if "callbacks" in _process:
+        done = threading.Event()
+        _callbacks().due.put(done.set)
+        done.wait(_EXIT_TIME)
