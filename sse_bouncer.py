@@ -41,7 +41,6 @@ import datetime
 import decimal
 import errno
 import functools
-import inspect
 import itertools
 import json
 import logging
@@ -404,7 +403,7 @@ class _History:
 # missed something, whatever the cause. No HTTP in here.
 
 _READ_COUNT = 1_000  # entries that are read at once
-_OLD_REDIS_PY = re.compile(r"[0-3]\.|4\.[0-3]\.")  # versions before 4.4
+_FIELDS = (b"after", b"channel", b"frame")  # of an entry in Redis
 
 _Entry = tuple[str, str, str | None, str | None]  # see Relay
 
@@ -457,12 +456,14 @@ class RedisRelay:
     _PUBLISH = """
         local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
         return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*',
-            'after', last and last[1] or '0-0', unpack(ARGV, 2))
+            'after', last and last[1] or '0-0', 'channel', ARGV[2], 'frame', ARGV[3])
     """
 
     def __init__(self, client: Any, key: str = "sse", maxlen: int = 10_000) -> None:
-        is_async = inspect.iscoroutinefunction(getattr(client, "execute_command", None))
-        if not hasattr(client, "eval") or is_async or _is_old_redis_py(client):
+        is_redis_py = type(client).__module__.startswith("redis.")
+        is_old = is_redis_py and sys.modules["redis"].VERSION < (4, 4)
+        is_async = hasattr(client, "__aenter__")
+        if not hasattr(client, "eval") or is_async or is_old:
             expected = "redis-py's from 4.4 on, but not the one for asyncio"
             raise TypeError(_wrong("client", expected, client, "use RedisRelay.from_url(...)"))
         self.key = _check_text("key", key)
@@ -480,23 +481,17 @@ class RedisRelay:
         return cls(redis.Redis.from_url(url, socket_timeout=5), key, maxlen)
 
     def publish(self, channel: str | None, frame: str | None) -> None:
-        fields: list[str | bytes] = []  # the texts in UTF-8, whatever the client's own encoding is
-        if channel is not None:
-            fields += ["channel", channel.encode()]
-        if frame is not None:
-            fields += ["frame", frame.encode()]
-        self._client.eval(self._PUBLISH, 1, self.key, self.maxlen, *fields)
+        # In UTF-8, whatever the client's own encoding is. None is "": no channel and no frame is.
+        texts = [(text or "").encode() for text in (channel, frame)]
+        self._client.eval(self._PUBLISH, 1, self.key, self.maxlen, *texts)
 
     def recent(self, count: int) -> list[_Entry]:
         return self._entries("XREVRANGE", "+", "-", count)[::-1]
 
     def read(self, after: str, timeout: float) -> list[_Entry]:
         # Wait for at most half of the time after which the client takes a silent Redis for gone.
-        pool = getattr(self._client, "connection_pool", None)
-        pool = pool or getattr(self._client, "nodes_manager", None)  # a cluster's
-        options = getattr(pool, "connection_kwargs", {})
-        timeout = min(timeout, (options.get("socket_timeout") or math.inf) / 2)
-        block = max(1, int(1000 * timeout))  # 0 milliseconds would be for ever
+        patience = self._client.get_connection_kwargs().get("socket_timeout") or math.inf
+        block = max(1, int(1000 * min(timeout, patience / 2)))  # 0 milliseconds would be for ever
         self._execute("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", self.key, after)
         # XRANGE, because the shape of XREAD's answer depends on the client's version and protocol.
         return self._entries("XRANGE", f"({after}", "+", _READ_COUNT)
@@ -504,9 +499,8 @@ class RedisRelay:
     def _entries(self, command: str, start: str, end: str, count: int) -> list[_Entry]:
         entries = []
         for id, fields in self._execute(command, self.key, start, end, "COUNT", count):
-            text = {_decoded(name): _decoded(value) for name, value in fields.items()}
-            after, channel, frame = text.get("after", ""), text.get("channel"), text.get("frame")
-            entries.append((_decoded(id), after, channel, frame))
+            after, channel, frame = (_decoded(fields.get(name, b"")) for name in _FIELDS)
+            entries.append((_decoded(id), after, channel or None, frame or None))
         return entries
 
     def _execute(self, *command: object) -> Any:
@@ -514,14 +508,9 @@ class RedisRelay:
         return self._client.execute_command(*command, NEVER_DECODE=True)
 
 
-def _is_old_redis_py(client: object) -> bool:
-    is_redis_py = type(client).__module__.startswith("redis.")
-    return is_redis_py and _OLD_REDIS_PY.match(sys.modules["redis"].__version__) is not None
-
-
-def _decoded(value: bytes | str) -> str:
+def _decoded(value: bytes) -> str:
     # What is not UTF-8 becomes surrogates, which Frame() refuses.
-    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
+    return value.decode(errors="surrogateescape")
 
 
 # =================================================================================================

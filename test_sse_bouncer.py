@@ -1253,7 +1253,7 @@ def test_redis_clients_that_would_deliver_nothing_are_refused(monkeypatch: Any) 
 
     with pytest.raises(TypeError, match="asyncio"):
         RedisRelay(redis.asyncio.Redis())
-    monkeypatch.setattr(redis, "__version__", "4.3.6")
+    monkeypatch.setattr(redis, "VERSION", (4, 3, 6))
     with pytest.raises(TypeError, match="4.4"):
         RedisRelay(redis.Redis())
 
