@@ -1674,76 +1674,69 @@ class _RelayReader(_OwnThread):
                     found = self._relay.recent(count)
                 else:
                     found = self._relay.read(_id_text(position), _READ_TIMEOUT)
-                entries = [(id, after, channel, text) for id, after, channel, text in found]
+                entries = [_parse_entry(entry) for entry in found]
             except Exception as error:
                 self._is_in_contact = False
                 if pause == _FIRST_PAUSE:  # it has not failed before
-                    what = f"{type(error).__name__}: {error}"
-                    logger.warning("the relay cannot be read; trying until it can: %s", what)
+                    logger.warning("the relay cannot be read; trying until it can: %r", error)
                 pause = min(2 * pause, _LAST_PAUSE)
             else:
                 self._is_in_contact = True
-                self._take(entries)
+                if (bouncer := self._bouncer()) is not None:
+                    self._take(bouncer, entries)
+                del bouncer
                 pause = _FIRST_PAUSE
             self._has_tried.set()
             # Pause if nothing was read and the call came back early: it failed, or does not wait.
             if self._position == position and time.monotonic() < began + pause:
                 time.sleep(pause * random.uniform(0.5, 1))
 
-    def _take(self, entries: list[_Entry]) -> None:
+    def _take(self, bouncer: EventBouncer, entries: list[tuple[_Event, _Id]]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
-        bouncer = self._bouncer()
-        if bouncer is None:
-            return
         if self._position is None:
-            parsed = [each for entry in entries if (each := _parse_entry(entry)) is not None]
-            floor = parsed[0][1] if parsed else _NO_ID  # the id before the first event's
-            bouncer._restart_history(floor, [event for event, _ in parsed], self)
-            self._position = (_parse_id(entries[-1][0]) if entries else None) or _NO_ID
+            floor = _floor_before(*entries[0], _FOREIGN_ID) if entries else _NO_ID
+            bouncer._restart_history(floor, [event for event, _ in entries], self)
+            self._position = entries[-1][0].id if entries else _NO_ID
             entries = []
-        for entry in entries:
+        for event, after in entries:
             try:
-                self._take_entry(bouncer, entry, self._position)
+                if after not in (self._position, _FOREIGN_ID):
+                    logger.warning("events were lost in the relay before this process read them")
+                    floor = _floor_before(event, after, self._position)
+                    bouncer._restart_history(floor, [], self)
+                bouncer._deliver(event, self)
             except Exception:
                 logger.exception("unexpected error; the relay's reader goes on")
-            self._position = _parse_id(entry[0]) or self._position
+            self._position = event.id
         with self.has_read:
             self.has_read.notify_all()
 
-    def _take_entry(self, bouncer: EventBouncer, entry: _Entry, position: _Id) -> None:
-        parsed = _parse_entry(entry)
-        if parsed is None:
-            return
-        event, after = parsed
-        if after != position:
-            logger.warning("events were lost in the relay before this process read them")
-            bouncer._restart_history(_floor_after_loss(event.id, after, position), [], self)
-        bouncer._deliver(event, self)
 
 
-def _floor_after_loss(id: _Id, after: _Id, position: _Id) -> _Id:
-    """Return the id after which this process has all events, the next of which is ``id``."""
+def _floor_before(event: _Event, after: _Id, position: _Id) -> _Id:
+    """Return the id after which this process has all events, beginning with this one."""
     # If the relay has gone back, by a deletion or to an older copy, nobody has seen all that was
     # before this event: the floor is right before it.
-    return after if after > position else (id[0] - 1, 2**64 - 1)
+    return after if after > position else (event.id[0] - 1, 2**64 - 1)
 
 
-def _parse_entry(entry: _Entry) -> tuple[_Event, _Id] | None:
+def _parse_entry(entry: _Entry) -> tuple[_Event, _Id]:
     """Return the event of a relay's entry, and the id of the one before.
 
-    None, with a line in the log, if it is not one that ``publish`` made.
+    If it is not one that ``publish`` made, there is a line in the log, and the event, which ends
+    the streams of no channel, is without effect. ValueError if the entry has no id.
     """
+    id_text, after_text, channel, text = entry
+    id, after = _parse_id(id_text), _parse_id(after_text)
+    if id is None:
+        raise ValueError(_wrong("id", "<digits>-<digits>", entry, "see Relay"))
     try:
-        id_text, after_text, channel, text = entry
-        id, after = _parse_id(id_text), _parse_id(after_text)
-        if id is None or after is None:
-            raise ValueError(_wrong("id, after", "<digits>-<digits>", entry[:2], "use publish()"))
-        if channel is not None:
-            _check_channel(channel)
+        if after is None:
+            raise ValueError(_wrong("after", "<digits>-<digits>", after_text, "use publish()"))
         frame = None if text is None else _with_id(Frame(text), id_text)
     except (TypeError, ValueError) as error:
         logger.warning("skipped an entry of the relay that is not an event: %s", error)
-        return None
+        return _Event(id, None, None), _FOREIGN_ID
     return _Event(id, channel, frame), after
 
 
