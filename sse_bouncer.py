@@ -340,36 +340,25 @@ class _History:
     """The newest events, in order, and what is no longer kept."""
 
     def __init__(self, size: int, floor: _Id) -> None:
-        self._events: deque[_Event] = deque(maxlen=size)
-        self._floor = self.newest = floor  # the id before its first event
-        self._first: _Id | None = None  # the id of its first event
+        self._size = size
+        self._events: deque[tuple[_Id, str | None, Frame]] = deque()
+        # The id before its first event, and those of the first and the newest, once there are any.
+        self._floor = self._first = self.newest = floor
         self._forgotten: dict[str | None, _Id] = {}  # each channel's newest event that was dropped
 
     def keep(self, event: _Event) -> None:
-        if self._first is None:
-            self._first = event.id
-        self.newest = event.id
-        if event.frame is None:  # the end of streams has an id, but there is nothing to replay
-            return
-        if len(self._events) == self._events.maxlen:  # which may be 0: then it forgets this one
-            self._forget(self._events[0] if self._events else event)
-        self._events.append(event)
-
-    def _forget(self, event: _Event) -> None:
-        self._forgotten[event.channel] = event.id
-        if len(self._forgotten) > _MAX_CHANNELS:
-            self._forgotten.clear()
-            self._floor = event.id
-
-    def knows(self, id: _Id) -> bool:
-        """Return whether a client that has this id has seen this history.
-
-        The id is the floor, or lies between the first event and the newest.
-        """
-        # Ids between the floor and the first event belong to a stream that was deleted in the
-        # relay: nobody can say what such a client has seen.
-        is_since_then = self._first is not None and self._first <= id <= self.newest
-        return is_since_then or id == self._floor
+        id, channel, frame = event
+        if self.newest == self._floor:
+            self._first = id
+        self.newest = id
+        if frame is not None:  # the end of streams has an id, but there is nothing to replay
+            self._events.append((id, channel, frame))
+        if len(self._events) > self._size:
+            oldest, channel, _ = self._events.popleft()
+            self._forgotten[channel] = oldest
+            if len(self._forgotten) > _MAX_CHANNELS:
+                self._forgotten.clear()
+                self._floor = oldest
 
     def complete_since(self, channels: tuple[str, ...]) -> _Id:
         """Return the id after which every event of these channels is kept."""
@@ -380,19 +369,18 @@ class _History:
 
         None if some of them are no longer kept, or if nobody knows: then there is a gap.
         """
-        is_complete = self.knows(last) and last >= self.complete_since(channels)
+        # Ids between the floor and the first event belong to a stream that was deleted in the
+        # relay: nobody can say what such a client has seen.
+        is_known = last == self._floor or self._first <= last <= self.newest
+        is_complete = is_known and last >= self.complete_since(channels)
         return self.kept(channels, last) if is_complete or last == _EARLIEST else None
 
     def kept(self, channels: tuple[str, ...], after: _Id = _NO_ID) -> list[Frame]:
         """Return the kept events of these channels, and those for everyone."""
-        newest_first = itertools.takewhile(lambda event: event.id > after, reversed(self._events))
-        frames = [
-            event.frame
-            for event in newest_first
-            if event.frame is not None and (event.channel is None or event.channel in channels)
-        ]
-        frames.reverse()
-        return frames
+        names = {None, *channels}
+        newest_first = itertools.takewhile(lambda event: event[0] > after, reversed(self._events))
+        frames = [frame for _, channel, frame in newest_first if channel in names]
+        return frames[::-1]
 
 
 # =================================================================================================
