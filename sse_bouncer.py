@@ -141,7 +141,6 @@ class _OwnThread(abc.ABC):
 # Data that looks like this was formatted by hand; format_sse() formats it once more.
 _FRAMED_BY_HAND = re.compile(r"(?:data|event|id|retry):")
 _ID_LINE = re.compile(r"(?:^|[\r\n])id[:\r\n]")
-_BYTES = (bytes, bytearray, memoryview)
 # A comment without a blank line after it: some client libraries make an empty event of a block.
 _HEARTBEAT = b":\n"
 
@@ -162,9 +161,7 @@ class Frame(str):
             return text
         text = _check_text("frame", text)
         if not _unify_line_ends(text[-4:]).endswith("\n\n"):
-            raise ValueError(
-                _wrong("frame", "a blank line at its end", text, "use format_sse(...)")
-            )
+            raise ValueError(_wrong("frame", "a blank line at its end", text, "use format_sse()"))
         return _frame(text, text.encode(), has_id=_ID_LINE.search(text) is not None)
 
 
@@ -209,7 +206,7 @@ def format_sse(
         lines.append(f"retry: {_check_integer('retry', retry, 0)}")
     if data is not None:
         # Always one space, which clients remove (9.2.6): data that begins with one keeps it.
-        lines += ["data: " + line for line in _lines(_data_text(data))]
+        lines += ["data: " + line for line in _lines(_data_text(data, _dumps))]
     if not lines:
         raise ValueError(_wrong("data", "something to send", data, 'use "" for no text'))
     text = "\n".join(lines) + "\n\n"
@@ -259,25 +256,23 @@ def _check_line(name: str, value: Any) -> str:
     return text
 
 
-def _data_text(data: object) -> str:
-    if not isinstance(data, str):
-        return _json_text(data, _dumps)
-    text = _check_text("data", data)
-    if text.endswith("\n\n") and _FRAMED_BY_HAND.match(text):
-        _warn_once(
-            "data that looks like a frame is sent as data, so clients get its field names too; "
-            "give the bare data, or Frame(text): ",
-            repr(text),
-        )
-    return text
-
-
-def _json_text(data: object, dumps: Callable[[object], str | bytes]) -> str:
-    """Return bytes as text, and anything else as JSON."""
+def _data_text(data: object, dumps: Callable[[object], str | bytes]) -> str:
+    """Return text, and bytes in UTF-8, as they are, and anything else as JSON."""
+    if isinstance(data, str):
+        text = _check_text("data", data)
+        if text.endswith("\n\n") and _FRAMED_BY_HAND.match(text):
+            _warn_once(
+                "data that looks like a frame is sent as data, so clients get its field names too; "
+                "give the bare data, or Frame(text): ",
+                repr(text),
+            )
+        return text
     try:
-        encoded = data if isinstance(data, _BYTES) else dumps(data)
-        text = encoded if isinstance(encoded, str) else str(encoded, "utf-8")
-        if encoded is not data and ("NaN" in text or "Infinity" in text):  # or in a string
+        if isinstance(data, bytes | bytearray | memoryview):
+            return str(data, "utf-8")
+        encoded = dumps(data)
+        text = encoded if isinstance(encoded, str) else encoded.decode()
+        if "NaN" in text or "Infinity" in text:  # or in a string
             json.loads(text, parse_constant=_refuse_constant)
         return text
     except (TypeError, ValueError, RecursionError) as error:
@@ -1381,7 +1376,7 @@ class EventBouncer:
 
     def _format(self, data: object, event: Any, id: Any = None, retry: Any = None) -> Frame:
         if self._dumps is not None and not isinstance(data, str | None):
-            data = _json_text(data, self._dumps)
+            data = _data_text(data, self._dumps)
         frame = format_sse(data, event, id=id, retry=retry)
         if self._gives_ids and frame.has_id:
             raise ValueError(_wrong("id", "the bouncer's own", str(frame), "leave it out"))
