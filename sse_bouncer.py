@@ -160,7 +160,7 @@ class Frame(str):
         if isinstance(text, Frame):
             return text
         text = _check_text("frame", text)
-        if not _unify_line_ends(text[-4:]).endswith("\n\n"):
+        if _lines(text[-4:])[-2:] != ["", ""]:  # an empty line, and nothing after its end
             raise ValueError(_wrong("frame", "a blank line at its end", text, "use format_sse()"))
         return _frame(text, text.encode(), has_id=_ID_LINE.search(text) is not None)
 
@@ -227,14 +227,10 @@ def _with_id(frame: Frame, id: str) -> Frame:
     return _frame(line + frame, line.encode() + frame.wire, has_id=True)
 
 
-def _unify_line_ends(text: str) -> str:
+def _lines(text: str) -> list[str]:
     # CRLF, LF and CR end a line (9.2.5). str.splitlines() splits at eight others, and a regular
     # expression takes ten times as long.
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _lines(text: str) -> list[str]:
-    return _unify_line_ends(text).split("\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _check_text(name: str, value: Any, advice: str = "use str(...)") -> str:
@@ -316,9 +312,9 @@ _FOREIGN_ID: _Id = (-1, 0)  # given for a text that is no id of ours: no event h
 _ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})", re.ASCII)
 
 
-def _parse_id(text: object) -> _Id | None:
+def _parse_id(text: object) -> _Id:
     match = _ID.fullmatch(text) if isinstance(text, str) else None
-    return (int(match[1]), int(match[2])) if match else None
+    return (int(match[1]), int(match[2])) if match else _FOREIGN_ID
 
 
 def _id_text(id: _Id) -> str:
@@ -1388,7 +1384,7 @@ class EventBouncer:
             return None
         if is_trusted and last_event_id == "earliest":
             return _EARLIEST
-        return _parse_id(last_event_id) or _FOREIGN_ID
+        return _parse_id(last_event_id)
 
     def _add(self, subscription: Subscription, seen: _Id | None, wants_snapshot: bool) -> None:
         reader = self._start_relay_reader()
@@ -1604,7 +1600,7 @@ class _RelayReader(_OwnThread):
         super().__init__("sse_bouncer relay")
         self._bouncer = weakref.ref(bouncer)
         self._relay = relay
-        self._position: _Id | None = None  # the id of the entry that was read last
+        self._position = _FOREIGN_ID  # the id of the entry that was read last; less than all
         self.has_read = threading.Condition()  # notified of it: subscribe() may wait for an id
         self._is_in_contact = False  # the relay has answered, and has not failed since
         self._has_tried = threading.Event()  # set after the first attempt, whatever came of it
@@ -1615,7 +1611,7 @@ class _RelayReader(_OwnThread):
         self._has_tried.wait(max(0.0, self._waits_until - time.monotonic()))
 
     def has_passed(self, id: _Id) -> bool:
-        return self._position is not None and self._position >= id
+        return self._position >= id
 
     def has_yet_to_read(self, id: _Id) -> bool:
         """Return whether the relay has an entry of this id, or a later one, that is still to come.
@@ -1644,7 +1640,7 @@ class _RelayReader(_OwnThread):
             return False
         if not has_answered.wait(_RELAY_WAIT):
             self._is_in_contact = False
-        return any((_parse_id(entry[0]) or _NO_ID) >= id for entry in newest)
+        return any(_parse_id(entry[0]) >= id for entry in newest)
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE
@@ -1653,7 +1649,7 @@ class _RelayReader(_OwnThread):
             del bouncer  # nothing may hold it while the relay is waited for
             began, position = time.monotonic(), self._position
             try:
-                if position is None:
+                if position == _FOREIGN_ID:
                     found = self._relay.recent(count)
                 else:
                     found = self._relay.read(_id_text(position), _READ_TIMEOUT)
@@ -1676,8 +1672,8 @@ class _RelayReader(_OwnThread):
 
     def _take(self, bouncer: EventBouncer, entries: list[tuple[_Event, _Id]]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
-        if self._position is None:
-            floor = _floor_before(*entries[0], _FOREIGN_ID) if entries else _NO_ID
+        if self._position == _FOREIGN_ID:
+            floor = _floor_before(*entries[0], self._position) if entries else _NO_ID
             bouncer._restart_history(floor, [event for event, _ in entries], self)
             self._position = entries[-1][0].id if entries else _NO_ID
             entries = []
@@ -1711,10 +1707,10 @@ def _parse_entry(entry: _Entry) -> tuple[_Event, _Id]:
     """
     id_text, after_text, channel, text = entry
     id, after = _parse_id(id_text), _parse_id(after_text)
-    if id is None:
+    if id == _FOREIGN_ID:
         raise ValueError(_wrong("id", "<digits>-<digits>", entry, "see Relay"))
     try:
-        if after is None:
+        if after == _FOREIGN_ID:
             raise ValueError(_wrong("after", "<digits>-<digits>", after_text, "use publish()"))
         frame = None if text is None else _with_id(Frame(text), id_text)
     except (TypeError, ValueError) as error:
