@@ -1390,7 +1390,7 @@ class EventBouncer:
         reader = self._start_relay_reader()
         if reader is not None and seen is not None and reader.has_yet_to_read(seen):
             with reader.has_read:
-                reader.has_read.wait_for(lambda: reader.has_passed(seen), _RELAY_WAIT)
+                reader.has_read.wait_for(lambda: reader.position >= seen, _RELAY_WAIT)
         with self._lock:
             if len(self._readers) + len(self._detached) >= (self.max_subscribers or math.inf):
                 raise self._refused(f"fewer than {self.max_subscribers} subscribers", "as many")
@@ -1600,7 +1600,7 @@ class _RelayReader(_OwnThread):
         super().__init__("sse_bouncer relay")
         self._bouncer = weakref.ref(bouncer)
         self._relay = relay
-        self._position = _FOREIGN_ID  # the id of the entry that was read last; less than all
+        self.position = _FOREIGN_ID  # the id of the entry that was read last; less than all
         self.has_read = threading.Condition()  # notified of it: subscribe() may wait for an id
         self._is_in_contact = False  # the relay has answered, and has not failed since
         self._has_tried = threading.Event()  # set after the first attempt, whatever came of it
@@ -1610,9 +1610,6 @@ class _RelayReader(_OwnThread):
     def wait_until_it_has_tried(self) -> None:
         self._has_tried.wait(max(0.0, self._waits_until - time.monotonic()))
 
-    def has_passed(self, id: _Id) -> bool:
-        return self._position >= id
-
     def has_yet_to_read(self, id: _Id) -> bool:
         """Return whether the relay has an entry of this id, or a later one, that is still to come.
 
@@ -1620,7 +1617,7 @@ class _RelayReader(_OwnThread):
         relay hangs, this takes a second, and nobody asks again until it has been read. The query
         has a thread of its own, because with a client that has no timeout it would never return.
         """
-        if self.has_passed(id) or not self._is_in_contact:
+        if self.position >= id or not self._is_in_contact:
             return False
         if not self._asking.acquire(timeout=_RELAY_WAIT):
             return False
@@ -1647,7 +1644,7 @@ class _RelayReader(_OwnThread):
         while (bouncer := self._bouncer()) is not None and bouncer._is_read_by(self):
             count = bouncer.history or 1
             del bouncer  # nothing may hold it while the relay is waited for
-            began, position = time.monotonic(), self._position
+            began, position = time.monotonic(), self.position
             try:
                 if position == _FOREIGN_ID:
                     found = self._relay.recent(count)
@@ -1663,33 +1660,31 @@ class _RelayReader(_OwnThread):
                 self._is_in_contact = True
                 if (bouncer := self._bouncer()) is not None:
                     self._take(bouncer, entries)
-                del bouncer
                 pause = _FIRST_PAUSE
             self._has_tried.set()
             # Pause if nothing was read and the call came back early: it failed, or does not wait.
-            if self._position == position and time.monotonic() < began + pause:
+            if self.position == position and time.monotonic() < began + pause:
                 time.sleep(pause * random.uniform(0.5, 1))
 
     def _take(self, bouncer: EventBouncer, entries: list[tuple[_Event, _Id]]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
-        if self._position == _FOREIGN_ID:
-            floor = _floor_before(*entries[0], self._position) if entries else _NO_ID
+        if self.position == _FOREIGN_ID:
+            floor = _floor_before(*entries[0], self.position) if entries else _NO_ID
             bouncer._restart_history(floor, [event for event, _ in entries], self)
-            self._position = entries[-1][0].id if entries else _NO_ID
+            self.position = entries[-1][0].id if entries else _NO_ID
             entries = []
         for event, after in entries:
             try:
-                if after not in (self._position, _FOREIGN_ID):
+                if after not in (self.position, _FOREIGN_ID):
                     logger.warning("events were lost in the relay before this process read them")
-                    floor = _floor_before(event, after, self._position)
+                    floor = _floor_before(event, after, self.position)
                     bouncer._restart_history(floor, [], self)
                 bouncer._deliver(event, self)
             except Exception:
                 logger.exception("unexpected error; the relay's reader goes on")
-            self._position = event.id
+            self.position = event.id
         with self.has_read:
             self.has_read.notify_all()
-
 
 
 def _floor_before(event: _Event, after: _Id, position: _Id) -> _Id:
