@@ -303,6 +303,7 @@ def _as_flask(value: object) -> str:
 # The newest events, in order, and what a client has missed. No lock and no clock in here.
 
 _MAX_CHANNELS = 10_000  # whose newest forgotten event a history remembers
+_GAP = format_sse("", "gap")
 
 _Id = tuple[int, int]  # for Redis: milliseconds, and a sequence number within them
 _NO_ID: _Id = (0, 0)  # before the ids of all events
@@ -351,27 +352,24 @@ class _History:
                 self._forgotten.clear()
                 self._floor = oldest
 
-    def complete_since(self, channels: tuple[str, ...]) -> _Id:
-        """Return the id after which every event of these channels is kept."""
-        return max(self._forgotten.get(channel, self._floor) for channel in (None, *channels))
-
-    def missed(self, last: _Id, channels: tuple[str, ...]) -> list[Frame] | None:
+    def missed(self, last: _Id, channels: tuple[str, ...]) -> tuple[list[Frame], bool]:
         """Return the events after ``last`` that a client of these channels has missed.
 
-        None if some of them are no longer kept, or if nobody knows: then there is a gap.
+        If some of them are no longer kept, or if nobody knows, there is a gap: then it returns the
+        event of that name, all that is kept, and True.
         """
+        names = {None, *channels}
+        complete_since = max(self._forgotten.get(name, self._floor) for name in names)
         # Ids between the floor and the first event belong to a stream that was deleted in the
         # relay: nobody can say what such a client has seen.
         is_known = last == self._floor or self._first <= last <= self.newest
-        is_complete = is_known and last >= self.complete_since(channels)
-        return self.kept(channels, last) if is_complete or last == _EARLIEST else None
-
-    def kept(self, channels: tuple[str, ...], after: _Id = _NO_ID) -> list[Frame]:
-        """Return the kept events of these channels, and those for everyone."""
-        names = {None, *channels}
+        has_gap = last != _EARLIEST and not (is_known and last >= complete_since)
+        after = _NO_ID if has_gap else last
         newest_first = itertools.takewhile(lambda event: event[0] > after, reversed(self._events))
-        frames = [frame for _, channel, frame in newest_first if channel in names]
-        return frames[::-1]
+        frames = [frame for _, channel, frame in newest_first if channel in names][::-1]
+        if has_gap:
+            frames.insert(0, _with_id(_GAP, _id_text(complete_since)))
+        return frames, has_gap
 
 
 # =================================================================================================
@@ -906,7 +904,6 @@ _RELAY_WAIT = 1.0  # seconds that a subscriber waits for the relay
 _READ_TIMEOUT = 2.0  # seconds that the relay waits for an event; redis-py gives up after 5
 _FIRST_PAUSE, _LAST_PAUSE = 0.05, 1.0  # seconds between attempts to reach a relay that is away
 _MEANT_ENDS = ("unsubscribed", "disconnected", "finished")
-_GAP = format_sse("", "gap")
 _NO_FRAMES: deque[Frame] = deque(maxlen=0)  # shared by all detached: an empty deque takes 624 bytes
 
 
@@ -1400,21 +1397,13 @@ class EventBouncer:
                 self._readers.pop(subscription, None)
                 raise self._refused("an open bouncer", "a closed one")
             if seen is not None:
-                self._replay_to(subscription, seen, wants_snapshot)
+                missed, subscription.gap = self._history.missed(seen, subscription.channels)
+                if subscription.gap:
+                    self._counts["gaps"] += 1
+                if not (subscription.gap and wants_snapshot):
+                    subscription._put_first(missed)
         if subscription.gap:
             logger.debug("a client of %s has missed something for good", subscription.channels)
-
-    def _replay_to(self, subscription: Subscription, seen: _Id, wants_snapshot: bool) -> None:
-        channels = subscription.channels
-        missed = self._history.missed(seen, channels)
-        if missed is None:
-            subscription.gap = True
-            self._counts["gaps"] += 1
-            missed = []
-            if not wants_snapshot:
-                gap = _with_id(_GAP, _id_text(self._history.complete_since(channels)))
-                missed = [gap, *self._history.kept(channels)]
-        subscription._put_first(missed)
 
     def _refused(self, expected: str, given: str) -> Refused:
         with self._lock:
