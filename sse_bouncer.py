@@ -1385,9 +1385,8 @@ class EventBouncer:
 
     def _add(self, subscription: Subscription, seen: _Id | None, wants_snapshot: bool) -> None:
         reader = self._start_relay_reader()
-        if reader is not None and seen is not None and reader.has_yet_to_read(seen):
-            with reader.has_read:
-                reader.has_read.wait_for(lambda: reader.position >= seen, _RELAY_WAIT)
+        if reader is not None and seen is not None:
+            reader.wait_for(seen)
         with self._lock:
             if len(self._readers) + len(self._detached) >= (self.max_subscribers or math.inf):
                 raise self._refused(f"fewer than {self.max_subscribers} subscribers", "as many")
@@ -1532,7 +1531,8 @@ class EventBouncer:
         with self._lock:
             reader = self._relay_reader = self._relay_reader or _RelayReader(self, self.relay)
         reader.start()
-        reader.wait_until_it_has_tried()
+        reader.has_tried.wait(_RELAY_WAIT)
+        reader.has_tried.set()  # or the second is over: nobody waits again
         return reader
 
     def _is_read_by(self, reader: _RelayReader) -> bool:
@@ -1589,27 +1589,23 @@ class _RelayReader(_OwnThread):
         super().__init__("sse_bouncer relay")
         self._bouncer = weakref.ref(bouncer)
         self._relay = relay
-        self.position = _FOREIGN_ID  # the id of the entry that was read last; less than all
-        self.has_read = threading.Condition()  # notified of it: subscribe() may wait for an id
+        self.has_tried = threading.Event()  # set after the first attempt, whatever came of it
+        self._position = _FOREIGN_ID  # the id of the entry that was read last; less than all
+        self._has_read = threading.Condition()  # notified of it
         self._is_in_contact = False  # the relay has answered, and has not failed since
-        self._has_tried = threading.Event()  # set after the first attempt, whatever came of it
         self._asking = threading.Lock()  # held while the relay is asked, so one query at a time
-        self._waits_until = time.monotonic() + _RELAY_WAIT  # so that all wait a second together
 
-    def wait_until_it_has_tried(self) -> None:
-        self._has_tried.wait(max(0.0, self._waits_until - time.monotonic()))
-
-    def has_yet_to_read(self, id: _Id) -> bool:
-        """Return whether the relay has an entry of this id, or a later one, that is still to come.
+    def wait_for(self, id: _Id) -> None:
+        """Wait until the entry of this id has been read, if the relay has it, or a later one.
 
         An id is a stranger's text, so nobody waits for one that the relay does not have. If the
         relay hangs, this takes a second, and nobody asks again until it has been read. The query
         has a thread of its own, because with a client that has no timeout it would never return.
         """
-        if self.position >= id or not self._is_in_contact:
-            return False
+        if self._position >= id or not self._is_in_contact:
+            return
         if not self._asking.acquire(timeout=_RELAY_WAIT):
-            return False
+            return
         newest: list[_Entry] = []
         has_answered = threading.Event()
 
@@ -1623,17 +1619,19 @@ class _RelayReader(_OwnThread):
             _start_thread(ask, "sse_bouncer relay query")
         except RuntimeError:  # there can be no more threads
             self._asking.release()
-            return False
+            return
         if not has_answered.wait(_RELAY_WAIT):
             self._is_in_contact = False
-        return any(_parse_id(entry[0]) >= id for entry in newest)
+        if any(_parse_id(entry[0]) >= id for entry in newest):
+            with self._has_read:
+                self._has_read.wait_for(lambda: self._position >= id, _RELAY_WAIT)
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE
         while (bouncer := self._bouncer()) is not None and bouncer._is_read_by(self):
             count = bouncer.history or 1
             del bouncer  # nothing may hold it while the relay is waited for
-            began, position = time.monotonic(), self.position
+            began, position = time.monotonic(), self._position
             try:
                 if position == _FOREIGN_ID:
                     found = self._relay.recent(count)
@@ -1650,30 +1648,30 @@ class _RelayReader(_OwnThread):
                 if (bouncer := self._bouncer()) is not None:
                     self._take(bouncer, entries)
                 pause = _FIRST_PAUSE
-            self._has_tried.set()
+            self.has_tried.set()
             # Pause if nothing was read and the call came back early: it failed, or does not wait.
-            if self.position == position and time.monotonic() < began + pause:
+            if self._position == position and time.monotonic() < began + pause:
                 time.sleep(pause * random.uniform(0.5, 1))
 
     def _take(self, bouncer: EventBouncer, entries: list[tuple[_Event, _Id]]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
-        if self.position == _FOREIGN_ID:
-            floor = _floor_before(*entries[0], self.position) if entries else _NO_ID
+        if self._position == _FOREIGN_ID:
+            floor = _floor_before(*entries[0], self._position) if entries else _NO_ID
             bouncer._restart_history(floor, [event for event, _ in entries], self)
-            self.position = entries[-1][0].id if entries else _NO_ID
+            self._position = entries[-1][0].id if entries else _NO_ID
             entries = []
         for event, after in entries:
             try:
-                if after not in (self.position, _FOREIGN_ID):
+                if after not in (self._position, _FOREIGN_ID):
                     logger.warning("events were lost in the relay before this process read them")
-                    floor = _floor_before(event, after, self.position)
+                    floor = _floor_before(event, after, self._position)
                     bouncer._restart_history(floor, [], self)
                 bouncer._deliver(event, self)
             except Exception:
                 logger.exception("unexpected error; the relay's reader goes on")
-            self.position = event.id
-        with self.has_read:
-            self.has_read.notify_all()
+            self._position = event.id
+        with self._has_read:
+            self._has_read.notify_all()
 
 
 def _floor_before(event: _Event, after: _Id, position: _Id) -> _Id:
