@@ -398,11 +398,9 @@ class Relay(Protocol):
 
     def recent(self, count: int) -> list[_Entry]:
         """Return the newest entries, at most ``count``, the oldest first."""
-        ...
 
     def read(self, after: str, timeout: float) -> list[_Entry]:
         """Return entries after an id, the oldest first; wait up to ``timeout`` seconds for one."""
-        ...
 
 
 class RedisRelay:
@@ -1353,7 +1351,7 @@ class EventBouncer:
 
         With a relay it may wait a second until the relay has been reached for the first time.
         """
-        self._start_relay_reader()
+        self._read_relay(until=_NO_ID)
         return _id_text(self._history.newest) if self._gives_ids else None
 
     def stats(self) -> dict[str, int]:
@@ -1384,9 +1382,7 @@ class EventBouncer:
         return _parse_id(last_event_id)
 
     def _add(self, subscription: Subscription, seen: _Id | None, wants_snapshot: bool) -> None:
-        reader = self._start_relay_reader()
-        if reader is not None and seen is not None:
-            reader.wait_for(seen)
+        self._read_relay(until=seen or _NO_ID)
         with self._lock:
             if len(self._readers) + len(self._detached) >= (self.max_subscribers or math.inf):
                 raise self._refused(f"fewer than {self.max_subscribers} subscribers", "as many")
@@ -1525,15 +1521,14 @@ class EventBouncer:
 
     # What belongs to the relay, and to a forked child.
 
-    def _start_relay_reader(self) -> _RelayReader | None:
+    def _read_relay(self, until: _Id) -> None:
+        """Have the relay read, if there is one, and wait a while for an event that it has."""
         if self.relay is None or self._closed:
-            return None
+            return
         with self._lock:
             reader = self._relay_reader = self._relay_reader or _RelayReader(self, self.relay)
         reader.start()
-        reader.has_tried.wait(_RELAY_WAIT)
-        reader.has_tried.set()  # or the second is over: nobody waits again
-        return reader
+        reader.wait_for(until)
 
     def _is_read_by(self, reader: _RelayReader) -> bool:
         return self._relay_reader is reader and not self._closed
@@ -1589,19 +1584,21 @@ class _RelayReader(_OwnThread):
         super().__init__("sse_bouncer relay")
         self._bouncer = weakref.ref(bouncer)
         self._relay = relay
-        self.has_tried = threading.Event()  # set after the first attempt, whatever came of it
+        self._has_tried = threading.Event()  # set after the first attempt, whatever came of it
         self._position = _FOREIGN_ID  # the id of the entry that was read last; less than all
         self._has_read = threading.Condition()  # notified of it
         self._is_in_contact = False  # the relay has answered, and has not failed since
         self._asking = threading.Lock()  # held while the relay is asked, so one query at a time
 
     def wait_for(self, id: _Id) -> None:
-        """Wait until the entry of this id has been read, if the relay has it, or a later one.
+        """Wait until the relay has been tried, and the entry of this id has been read.
 
         An id is a stranger's text, so nobody waits for one that the relay does not have. If the
         relay hangs, this takes a second, and nobody asks again until it has been read. The query
         has a thread of its own, because with a client that has no timeout it would never return.
         """
+        self._has_tried.wait(_RELAY_WAIT)
+        self._has_tried.set()  # or a second is over: for all that wait, and who comes later
         if self._position >= id or not self._is_in_contact:
             return
         if not self._asking.acquire(timeout=_RELAY_WAIT):
@@ -1648,7 +1645,7 @@ class _RelayReader(_OwnThread):
                 if (bouncer := self._bouncer()) is not None:
                     self._take(bouncer, entries)
                 pause = _FIRST_PAUSE
-            self.has_tried.set()
+            self._has_tried.set()
             # Pause if nothing was read and the call came back early: it failed, or does not wait.
             if self._position == position and time.monotonic() < began + pause:
                 time.sleep(pause * random.uniform(0.5, 1))
