@@ -900,7 +900,7 @@ _LOOKS = 10  # into which the wait is divided
 _LONGEST_WAIT = 1.0  # seconds after which a reader that waits looks again
 _RELAY_WAIT = 1.0  # seconds that a subscriber waits for the relay
 _READ_TIMEOUT = 2.0  # seconds that the relay waits for an event; redis-py gives up after 5
-_FIRST_PAUSE, _LAST_PAUSE = 0.05, 1.0  # seconds between attempts to reach a relay that is away
+_READ_PAUSE = 0.25  # seconds, at most, before a relay that is away, or does not wait, is read again
 _MEANT_ENDS = ("unsubscribed", "disconnected", "finished")
 _NO_FRAMES: deque[Frame] = deque(maxlen=0)  # shared by all detached: an empty deque takes 624 bytes
 
@@ -1587,7 +1587,7 @@ class _RelayReader(_OwnThread):
         self._has_tried = threading.Event()  # set after the first attempt, whatever came of it
         self._position = _FOREIGN_ID  # the id of the entry that was read last; less than all
         self._has_read = threading.Condition()  # notified of it
-        self._is_in_contact = False  # the relay has answered, and has not failed since
+        self._is_away = False  # it has failed, and has not been read since
         self._asking = threading.Lock()  # held while the relay is asked, so one query at a time
 
     def wait_for(self, id: _Id) -> None:
@@ -1599,7 +1599,7 @@ class _RelayReader(_OwnThread):
         """
         self._has_tried.wait(_RELAY_WAIT)
         self._has_tried.set()  # or a second is over: for all that wait, and who comes later
-        if self._position >= id or not self._is_in_contact:
+        if self._is_away or not _FOREIGN_ID < self._position < id:
             return
         if not self._asking.acquire(timeout=_RELAY_WAIT):
             return
@@ -1618,13 +1618,13 @@ class _RelayReader(_OwnThread):
             self._asking.release()
             return
         if not has_answered.wait(_RELAY_WAIT):
-            self._is_in_contact = False
+            logger.warning("the relay does not answer; trying until it does")
+            self._is_away = True
         if any(_parse_id(entry[0]) >= id for entry in newest):
             with self._has_read:
                 self._has_read.wait_for(lambda: self._position >= id, _RELAY_WAIT)
 
     def _run(self) -> None:
-        pause = _FIRST_PAUSE
         while (bouncer := self._bouncer()) is not None and bouncer._is_read_by(self):
             count = bouncer.history or 1
             del bouncer  # nothing may hold it while the relay is waited for
@@ -1636,19 +1636,17 @@ class _RelayReader(_OwnThread):
                     found = self._relay.read(_id_text(position), _READ_TIMEOUT)
                 entries = [_parse_entry(entry) for entry in found]
             except Exception as error:
-                self._is_in_contact = False
-                if pause == _FIRST_PAUSE:  # it has not failed before
+                if not self._is_away:
                     logger.warning("the relay cannot be read; trying until it can: %r", error)
-                pause = min(2 * pause, _LAST_PAUSE)
+                self._is_away = True
             else:
-                self._is_in_contact = True
+                self._is_away = False
                 if (bouncer := self._bouncer()) is not None:
                     self._take(bouncer, entries)
-                pause = _FIRST_PAUSE
             self._has_tried.set()
             # Pause if nothing was read and the call came back early: it failed, or does not wait.
-            if self._position == position and time.monotonic() < began + pause:
-                time.sleep(pause * random.uniform(0.5, 1))
+            if self._position == position and time.monotonic() < began + _READ_PAUSE:
+                time.sleep(_READ_PAUSE * random.uniform(0.5, 1))
 
     def _take(self, bouncer: EventBouncer, entries: list[tuple[_Event, _Id]]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
