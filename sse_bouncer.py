@@ -157,8 +157,6 @@ class Frame(str):
     has_id: bool  #: Whether there is an ``id`` line in it.
 
     def __new__(cls, text: str) -> Frame:
-        if isinstance(text, Frame):
-            return text
         text = _check_text("frame", text)
         if _lines(text[-4:])[-2:] != ["", ""]:  # an empty line, and nothing after its end
             raise ValueError(_wrong("frame", "a blank line at its end", text, "use format_sse()"))
