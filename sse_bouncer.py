@@ -1132,15 +1132,26 @@ class EventBouncer:
         _check_integer("history", self.history, 0)
         if self.max_subscribers is not None:
             _check_integer("max_subscribers", self.max_subscribers, 1)
-        if self.heartbeat is not None:
-            _check_heartbeat(self.heartbeat)
+        seconds = self.heartbeat
+        if not isinstance(seconds, int | float | None) or isinstance(seconds, bool):
+            raise TypeError(_wrong("heartbeat", "seconds", seconds, "use None for never"))
+        if seconds is not None and not _MIN_HEARTBEAT <= seconds <= _MAX_HEARTBEAT:
+            expected = f"{_MIN_HEARTBEAT} to {_MAX_HEARTBEAT:,.0f}"
+            raise ValueError(_wrong("heartbeat", expected, seconds, "use None for never"))
         if not isinstance(self.detach, bool):  # text from the environment, perhaps
             raise TypeError(_wrong("detach", "True or False", self.detach, "in JSON: true, false"))
         name = self.heartbeat_event
         if name is not None and not _check_line("heartbeat_event", name):
             raise ValueError(_wrong("heartbeat_event", "a name", name, "use None for the comment"))
         self._heartbeat_wire = _HEARTBEAT if name is None else format_sse("", name).wire
-        self._retry = _retry_range(self.retry)
+        retry = self.retry
+        self._retry: list[int] | None = None  # the least and the most milliseconds
+        if retry is not None:
+            pair = retry if isinstance(retry, tuple | list) else (retry, retry)
+            self._retry = [_check_integer("retry", number, 0) for number in pair]
+            if len(pair) != 2 or pair[0] > pair[1]:
+                expected = "one, or low and high"
+                raise ValueError(_wrong("retry", expected, retry, "give milliseconds"))
         if self.relay is not None and not all(hasattr(self.relay, name) for name in _RELAY_METHODS):
             expected = f"an object with {', '.join(_RELAY_METHODS)}"
             raise TypeError(_wrong("relay", expected, self.relay, "use RedisRelay(client)"))
@@ -1692,25 +1703,6 @@ def _parse_entry(entry: _Entry) -> tuple[_Event, _Id]:
         logger.warning("skipped an entry of the relay that is not an event: %s", error)
         return _Event(id, None, None), _FOREIGN_ID
     return _Event(id, channel, frame), after
-
-
-def _check_heartbeat(seconds: Any) -> None:
-    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
-        raise TypeError(_wrong("heartbeat", "seconds", seconds, "use None for never"))
-    if not _MIN_HEARTBEAT <= seconds <= _MAX_HEARTBEAT:
-        expected = f"{_MIN_HEARTBEAT} to {_MAX_HEARTBEAT:,.0f}"
-        raise ValueError(_wrong("heartbeat", expected, seconds, "use None for never"))
-
-
-def _retry_range(retry: Any) -> tuple[int, int] | None:
-    """Return the least and the most milliseconds."""
-    if retry is None:
-        return None
-    pair = retry if isinstance(retry, tuple | list) else (retry, retry)
-    numbers = [_check_integer("retry", number, 0) for number in pair]
-    if len(numbers) != 2 or numbers[0] > numbers[1]:
-        raise ValueError(_wrong("retry", "one, or low and high", retry, "give milliseconds"))
-    return numbers[0], numbers[1]
 
 
 def _check_channel(name: Any) -> str:
