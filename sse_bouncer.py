@@ -287,10 +287,9 @@ def _dumps(data: object) -> str | bytes:
 
 def _as_flask(value: object) -> str:
     """Return what Flask's JSON makes of a value that JSON does not know."""
-    if isinstance(value, datetime.datetime):
-        return formatdate(calendar.timegm(value.utctimetuple()), usegmt=True)
-    if isinstance(value, datetime.date):
-        return formatdate(calendar.timegm(value.timetuple()), usegmt=True)
+    if isinstance(value, datetime.date):  # without a time of day it has no time zone either
+        timetuple = getattr(value, "utctimetuple", value.timetuple)
+        return formatdate(calendar.timegm(timetuple()), usegmt=True)
     if isinstance(value, decimal.Decimal | uuid.UUID):
         return str(value)
     raise TypeError(f"JSON cannot hold a {type(value).__name__}")
@@ -472,18 +471,15 @@ class RedisRelay:
     def _entries(self, command: str, start: str, end: str, count: int) -> list[_Entry]:
         entries = []
         for id, fields in self._execute(command, self.key, start, end, "COUNT", count):
-            after, channel, frame = (_decoded(fields.get(name, b"")) for name in _FIELDS)
-            entries.append((_decoded(id), after, channel or None, frame or None))
+            values = [id, *(fields.get(name, b"") for name in _FIELDS)]
+            # What is not UTF-8 becomes surrogates, which Frame() refuses.
+            id, after, channel, frame = (v.decode(errors="surrogateescape") for v in values)
+            entries.append((id, after, channel or None, frame or None))
         return entries
 
     def _execute(self, *command: object) -> Any:
         # If the client decoded, one entry that is not UTF-8 would make every read fail.
         return self._client.execute_command(*command, NEVER_DECODE=True)
-
-
-def _decoded(value: bytes) -> str:
-    # What is not UTF-8 becomes surrogates, which Frame() refuses.
-    return value.decode(errors="surrogateescape")
 
 
 # =================================================================================================
@@ -1220,9 +1216,8 @@ class EventBouncer:
         """
         given, config = self._given, app.config
         settings = {name: config.get(f"SSE_{name.upper()}", given[name]) for name in given}
-        if config.get("SSE_REDIS_URL") is not None:
-            key = f"sse:{app.import_name}"
-            settings["relay"] = RedisRelay.from_url(config["SSE_REDIS_URL"], key)
+        if (url := config.get("SSE_REDIS_URL")) is not None:
+            settings["relay"] = RedisRelay.from_url(url, f"sse:{app.import_name}")
         fresh = EventBouncer(**settings)
         with self._lock:  # nobody subscribes between the look and the update
             if count := len(self.subscribers):
