@@ -360,13 +360,13 @@ class _History:
         # Ids between the floor and the first event belong to a stream that was deleted in the
         # relay: nobody can say what such a client has seen.
         is_known = last == self._floor or self._first <= last <= self.newest
-        has_gap = last != _EARLIEST and not (is_known and last >= complete_since)
-        after = _NO_ID if has_gap else last
+        is_complete = last == _EARLIEST or (is_known and last >= complete_since)
+        after = last if is_complete else _NO_ID
         newest_first = itertools.takewhile(lambda event: event[0] > after, reversed(self._events))
         frames = [frame for _, channel, frame in newest_first if channel in names][::-1]
-        if has_gap:
+        if not is_complete:
             frames.insert(0, _with_id(_GAP, _id_text(complete_since)))
-        return frames, has_gap
+        return frames, not is_complete
 
 
 # =================================================================================================
