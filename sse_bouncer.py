@@ -377,7 +377,6 @@ class _History:
 # missed something, whatever the cause. No HTTP in here.
 
 _READ_COUNT = 1_000  # entries that are read at once
-_FIELDS = (b"after", b"channel", b"frame")  # of an entry in Redis
 
 _Entry = tuple[str, str, str | None, str | None]  # see Relay
 
@@ -471,7 +470,7 @@ class RedisRelay:
     def _entries(self, command: str, start: str, end: str, count: int) -> list[_Entry]:
         entries = []
         for id, fields in self._execute(command, self.key, start, end, "COUNT", count):
-            values = [id, *(fields.get(name, b"") for name in _FIELDS)]
+            values = [id, *(fields.get(name, b"") for name in (b"after", b"channel", b"frame"))]
             # What is not UTF-8 becomes surrogates, which Frame() refuses.
             id, after, channel, frame = (v.decode(errors="surrogateescape") for v in values)
             entries.append((id, after, channel or None, frame or None))
@@ -1146,8 +1145,7 @@ class EventBouncer:
             pair = retry if isinstance(retry, tuple | list) else (retry, retry)
             self._retry = [_check_integer("retry", number, 0) for number in pair]
             if len(pair) != 2 or pair[0] > pair[1]:
-                expected = "one, or low and high"
-                raise ValueError(_wrong("retry", expected, retry, "give milliseconds"))
+                raise ValueError(_wrong("retry", "one or (low, high)", retry, "give milliseconds"))
         if self.relay is not None and not all(hasattr(self.relay, name) for name in _RELAY_METHODS):
             expected = f"an object with {', '.join(_RELAY_METHODS)}"
             raise TypeError(_wrong("relay", expected, self.relay, "use RedisRelay(client)"))
@@ -1588,7 +1586,7 @@ class _RelayReader(_OwnThread):
         super().__init__("sse_bouncer relay")
         self._bouncer = weakref.ref(bouncer)
         self._relay = relay
-        self._has_tried = threading.Event()  # set after the first attempt, whatever came of it
+        self._has_tried = threading.Event()  # set after the first attempt, or a second
         self._position = _FOREIGN_ID  # the id of the entry that was read last; less than all
         self._has_read = threading.Condition()  # notified of it
         self._is_away = False  # it has failed, and has not been read since
@@ -1601,8 +1599,8 @@ class _RelayReader(_OwnThread):
         relay hangs, this takes a second, and nobody asks again until it has been read. The query
         has a thread of its own, because with a client that has no timeout it would never return.
         """
-        self._has_tried.wait(_RELAY_WAIT)
-        self._has_tried.set()  # or a second is over: for all that wait, and who comes later
+        if not self._has_tried.wait(_RELAY_WAIT):
+            self._has_tried.set()  # so that all wait a second together, and nobody later
         if self._is_away or not _FOREIGN_ID < self._position < id:
             return
         if not self._asking.acquire(timeout=_RELAY_WAIT):
