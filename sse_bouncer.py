@@ -1601,6 +1601,7 @@ class _RelayReader(_OwnThread):
         """
         if not self._has_tried.wait(_RELAY_WAIT):
             self._has_tried.set()  # so that all wait a second together, and nobody later
+        # Before the first read there is nothing to compare with, and later mostly no need to wait.
         if self._is_away or not _FOREIGN_ID < self._position < id:
             return
         if not self._asking.acquire(timeout=_RELAY_WAIT):
