@@ -549,10 +549,9 @@ class _Hub(_OwnThread):
         self._mailbox: deque[_Message | _Command] = deque()
         self._is_woken = False  # a byte is in the pipe, or the hub is about to look anyway
         # The live streams by framing and channel, and for None those of any channel.
-        self._groups: dict[tuple[_Framing, str | None], dict[_Stream, None]] = {}
-        self._framings: set[_Framing] = set()
+        self._groups: dict[_Framing, dict[str | None, dict[_Stream, None]]] = {}
         self._deadlines: dict[_Stream, float] = {}  # of those over their limit, or ending
-        self._heartbeat_at = time.monotonic() + self._heartbeat  # for all that are not behind
+        self._heartbeat_at = time.monotonic() + self._heartbeat
         self._loaded_until = 0.0  # until then it has rested less than its last mail took
         self._thread: int | None = None
         self._selector = selectors.DefaultSelector()
@@ -683,10 +682,8 @@ class _Hub(_OwnThread):
     def _watch_the_clock(self) -> None:
         now = time.monotonic()
         if now >= self._heartbeat_at:
-            for framing in self._framings:
-                clear = [s for s in self._groups.get((framing, None), ()) if s.pending is None]
-                self._send_to(clear, [framing(self._heartbeat_wire)])
-            self._heartbeat_at = now + self._heartbeat
+            self._send([_Message(None, self._heartbeat_wire)])
+            self._heartbeat_at = now + self._heartbeat  # also if there was no stream to send it to
         for stream in [stream for stream, at in self._deadlines.items() if now >= at]:
             if stream.is_live:
                 stream.owner._end("dropped")  # which ends the stream, by the mailbox
@@ -706,23 +703,22 @@ class _Hub(_OwnThread):
 
     def _let_in(self, stream: _Stream) -> None:
         stream.is_live = True
-        self._framings.add(stream.framing)
+        groups = self._groups.setdefault(stream.framing, {})
         for channel in (None, *stream.channels):
-            self._groups.setdefault((stream.framing, channel), {})[stream] = None
+            groups.setdefault(channel, {})[stream] = None
         self._selector.register(stream.descriptor, selectors.EVENT_READ, stream)
         self._write_pending(stream)
 
     def _send(self, messages: list[_Message]) -> None:
-        for framing in self._framings:
-            by_name: dict[
-                str | None, list[tuple[int, bytes]]
-            ] = {}  # with their places in the order
+        for framing, groups in self._groups.items():
+            # The wires of each channel, with their places in the order.
+            by_name: dict[str | None, list[tuple[int, bytes]]] = {}
             for place, (name, wire) in enumerate(messages):
                 by_name.setdefault(name, []).append((place, framing(wire)))
             # First the streams of the named channels: those with the same channels get the same.
             alike: dict[tuple[str, ...], dict[_Stream, None]] = {}
             for name in by_name.keys() - {None}:
-                for stream in self._groups.get((framing, name), ()):
+                for stream in groups.get(name, ()):
                     alike.setdefault(stream.channels, {})[stream] = None
             for channels, streams in alike.items():
                 # Their places put them back into the order in which they were posted.
@@ -730,7 +726,7 @@ class _Hub(_OwnThread):
                 self._send_to(list(streams), [wire for _, wire in mine])
             # Then all others, which get only what is for everyone.
             if to_all := by_name.get(None):
-                rest = list(self._groups.get((framing, None), ()))
+                rest = list(groups.get(None, ()))
                 if alike:
                     rest = [stream for stream in rest if stream.channels not in alike]
                 self._send_to(rest, [wire for _, wire in to_all])
@@ -811,11 +807,11 @@ class _Hub(_OwnThread):
 
     def _forget(self, stream: _Stream) -> None:
         stream.is_live = False
+        groups = self._groups[stream.framing]
         for channel in (None, *stream.channels):
-            group = self._groups[stream.framing, channel]
-            del group[stream]
-            if not group:
-                del self._groups[stream.framing, channel]
+            del groups[channel][stream]
+            if not groups[channel]:
+                del groups[channel]
 
     def _close(self, stream: _Stream) -> None:
         descriptor, stream.descriptor = stream.descriptor, -1
@@ -1670,7 +1666,6 @@ class _RelayReader(_OwnThread):
             self._position = event.id
         with self._has_read:
             self._has_read.notify_all()
-
 
 def _floor_before(event: _Event, after: _Id, position: _Id) -> _Id:
     """Return the id after which this process has all events, beginning with this one."""
