@@ -934,7 +934,6 @@ class Subscription:
     _late_since: float | None = None
     gap: bool = False  #: Whether something it asked for is no longer kept; see `subscribe`.
     ended: str | None = None  #: Why it has ended; None while it is live.
-    _lock: threading.RLock = dataclasses.field(init=False)  # the bouncer's; it guards all of this
     _frames: deque[Frame] = dataclasses.field(default_factory=deque)
     # Its reader waits for a frame, and publishers until it is empty. _put, _take and _mark_ended
     # notify both.
@@ -945,7 +944,6 @@ class Subscription:
 
     def __post_init__(self) -> None:
         self.channels = tuple(dict.fromkeys(_check_channel(name) for name in self.channels))
-        self._lock = self._bouncer._lock
 
     def __repr__(self) -> str:
         names = ", ".join(map(repr, self.channels)) or "no channel"
@@ -964,7 +962,7 @@ class Subscription:
         if timeout is not None and not timeout >= 0:
             raise ValueError(_wrong("timeout", "seconds >= 0", timeout, "use None for ever"))
         until = math.inf if timeout is None else time.monotonic() + timeout
-        with self._lock:
+        with self._bouncer._lock:
             while True:
                 if self._stream is not None:
                     raise RuntimeError(_wrong("get", "a reader", self, "its client has its frames"))
@@ -1012,7 +1010,7 @@ class Subscription:
 
     def _begin(self) -> None:
         """Begin as a stream through the server: what it holds by now does not count."""
-        with self._lock:
+        with self._bouncer._lock:
             self._late_since = None
             self._room = len(self._frames)
 
@@ -1049,7 +1047,7 @@ class Subscription:
 
     def _wait(self, seconds: float) -> bool:
         """Return whether it was notified in time."""
-        self._changed = self._changed or threading.Condition(self._lock)
+        self._changed = self._changed or threading.Condition(self._bouncer._lock)
         return self._changed.wait(seconds)
 
     def _notify(self) -> None:
@@ -1074,13 +1072,13 @@ class Subscription:
         self.ended = why
         self._stream = None  # which refers to this
         self._notify()
+        self._changed = None  # nobody waits from now on, and init_app() may replace the lock
         if self._on_close is not None:
             _callbacks().due.put(self._on_close)
             self._on_close = None
 
     def _disown(self) -> None:
-        """End it in a forked child, where the parent's lock may be held for ever."""
-        self._lock = threading.RLock()
+        """End it in a forked child, where the condition's lock may be held for ever."""
         self._changed = self._on_close = None
         self.ended = self.ended or "it belongs to the process that this one was forked from"
 
@@ -1667,6 +1665,7 @@ class _RelayReader(_OwnThread):
         with self._has_read:
             self._has_read.notify_all()
 
+
 def _floor_before(event: _Event, after: _Id, position: _Id) -> _Id:
     """Return the id after which this process has all events, beginning with this one."""
     # If the relay has gone back, by a deletion or to an older copy, nobody has seen all that was
@@ -1996,24 +1995,22 @@ class _GeneratorBody(_Body):
     def _run(self, subscription: Subscription) -> None:
         why = "failed"
         try:
-            for frame in self.frames():
-                _generators.broadcast(frame, channel=subscription.channels[0])
-                self._wait_for_client(subscription, len(frame.wire))
-                if subscription.ended is not None:  # its client left, or the process ends
-                    break
-            why = "finished"
+            try:
+                for frame in self.frames():
+                    _generators._deliver(_Event(_NO_ID, subscription.channels[0], frame))
+                    self._wait_for_client(subscription, len(frame.wire))
+                    if subscription.ended is not None:  # its client left, or the process ends
+                        break
+                why = "finished"
+            finally:
+                self.release()
         except Ended:  # it has failed, or a subscription that it reads has ended
             pass
         except Exception:
-            logger.exception("a generator failed; its stream is cut off")
-        finally:
-            try:
-                self.release()
-            except Exception:
-                logger.exception("a generator failed when it was closed")
-            finally:  # also if it raises SystemExit
-                _generators._remove(subscription, why)
-                _running.discard(self)
+            logger.exception("a generator failed, or could not be closed")
+        finally:  # also if it raises SystemExit
+            _generators._remove(subscription, why)
+            _running.discard(self)
 
     def _wait_for_client(self, subscription: Subscription, size: int) -> None:
         """Wait until at most 16 frames, or 64 KiB of frames of this size, are left to send."""
@@ -2236,7 +2233,6 @@ def _begin_in_child() -> None:
         started.clear()
     for bouncer in list(_bouncers):
         bouncer._begin_in_child()
-    _generators._publishes_into_nothing = False  # each sends to a client of its own process
 
 
 if hasattr(os, "register_at_fork"):
@@ -2248,11 +2244,10 @@ def _end_at_exit() -> None:
     # `_generators` too. Generators that read a subscription of another bouncer end with that.
     for bouncer in list(_bouncers):
         bouncer.close()
-    for started, seconds in (_running, _GENERATOR_EXIT_TIME), (_hubs, _EXIT_TIME):
+    for callbacks in list(_process.values()):
+        callbacks.due.put(_process.clear)  # after the functions of all streams
+    limits = (_running, _GENERATOR_EXIT_TIME), (_hubs, _EXIT_TIME), (_process, _EXIT_TIME)
+    for running, seconds in limits:
         until = time.monotonic() + seconds
-        while started and time.monotonic() < until:
+        while running and time.monotonic() < until:
             time.sleep(_POLL_INTERVAL)
-    if "callbacks" in _process:
-        done = threading.Event()
-        _callbacks().due.put(done.set)
-        done.wait(_EXIT_TIME)
