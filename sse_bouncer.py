@@ -484,11 +484,11 @@ class RedisRelay:
 # =================================================================================================
 # 4. HUB
 # One thread that sends to many connections. It knows a client as a descriptor, what it sends as
-# bytes, and a channel as a name. The bouncer calls `send`, `attach` and `end` under its lock, and
-# `start`, `wait_while_behind` and `retire` without it. The first three are put into a mailbox, and
-# the hub's thread does them in that order. Everything else belongs to that thread and needs no
-# lock. It alone closes a descriptor, after it has forgotten it: a reused number gets no other
-# client's frames. The exception is `close_in_child`, for a forked child.
+# bytes, and a channel as a name. The bouncer calls `send`, `attach` and `end` under its lock,
+# `start` and `wait_while_behind` without it, and `retire` either way. The first three are put into
+# a mailbox, and the hub's thread does them in that order. Everything else belongs to that thread
+# and needs no lock. It alone closes a descriptor, after it has forgotten it: a reused number gets
+# no other client's frames. The exception is `close_in_child`, for a forked child.
 
 _SEND_BUFFER = 64 * 1024  # bytes that a connection holds in the kernel; its default is megabytes
 _BACKLOG = 64 * 1024  # bytes of frames that may wait for the hub before publishers do
@@ -551,7 +551,7 @@ class _Hub(_OwnThread):
         # The live streams by framing and channel, and for None those of any channel.
         self._groups: dict[_Framing, dict[str | None, dict[_Stream, None]]] = {}
         self._deadlines: dict[_Stream, float] = {}  # of those over their limit, or ending
-        self._heartbeat_at = time.monotonic() + self._heartbeat
+        self._heartbeat_at = time.monotonic() + self._heartbeat  # of all that are not behind
         self._loaded_until = 0.0  # until then it has rested less than its last mail took
         self._thread: int | None = None
         self._selector = selectors.DefaultSelector()
@@ -682,8 +682,10 @@ class _Hub(_OwnThread):
     def _watch_the_clock(self) -> None:
         now = time.monotonic()
         if now >= self._heartbeat_at:
-            self._send([_Message(None, self._heartbeat_wire)])
-            self._heartbeat_at = now + self._heartbeat  # also if there was no stream to send it to
+            for framing, groups in self._groups.items():
+                clear = [stream for stream in groups.get(None, ()) if stream.pending is None]
+                self._send_to(clear, [framing(self._heartbeat_wire)])
+            self._heartbeat_at = now + self._heartbeat
         for stream in [stream for stream, at in self._deadlines.items() if now >= at]:
             if stream.is_live:
                 stream.owner._end("dropped")  # which ends the stream, by the mailbox
@@ -925,7 +927,7 @@ class Subscription:
 
     channels: tuple[str, ...]
     maxsize: int  #: How many frames its reader may fall behind.
-    _bouncer: EventBouncer
+    _bouncer: EventBouncer  # whose lock guards everything in here
     # How many frames it may hold beyond maxsize, until it has been empty once: room for the missed
     # events, the snapshot and what came before its server began to send.
     _room: int = 0
@@ -1599,6 +1601,7 @@ class _RelayReader(_OwnThread):
         if self._is_away or not _FOREIGN_ID < self._position < id:
             return
         if not self._asking.acquire(timeout=_RELAY_WAIT):
+            self._is_away = True  # so that a query that hangs makes others wait only once
             return
         newest: list[_Entry] = []
         has_answered = threading.Event()
