@@ -11,15 +11,17 @@ With ``bouncer = EventBouncer()`` one view returns ``bouncer.stream()``, and ano
     6. RESPONSE     a stream as a Flask response: ``sse_response``
 
 A room calls only the rooms above it. There are two exceptions: ``EventBouncer.stream`` calls room
-6, and the hub tells a stream's subscription, in room 5, that it has ended, by `_end`. All other
-attributes and methods with an underscore are used only in their room, but room 6 uses those of
-`EventBouncer` and `Subscription` too.
+6, and the hub calls `_end` of a stream's subscription, in room 5, when the stream ends or has to.
+All other attributes and methods with an underscore are used only in their room, but room 6 uses
+those of `EventBouncer` and `Subscription` too. What all rooms need comes before them: warnings,
+errors and threads. What happens when the process forks or ends comes after them.
 
 Four words are used throughout. A *reader* is a subscription from which code takes frames by
 ``get()``. A *detached* stream is a client's connection that was taken over from the server: the hub
 sends to it, and no worker and no thread waits for it. Any other stream goes *through the server*,
 which reads frames and holds a worker or a thread. A *gap* is the event that tells a client that it
-has missed something for good.
+has missed something for good. The *relay's reader* is no such reader: it is the thread that reads
+the relay.
 
 Everything public may be called from any thread or greenlet, and `EventBouncer.close` from a signal
 handler. A finaliser may unsubscribe, but what it broadcasts in the middle of a broadcast may come
@@ -94,7 +96,7 @@ def _check_integer(name: str, value: object, least: int) -> int:
     return int(value)
 
 
-_greenlets: weakref.WeakSet[Any] = weakref.WeakSet()  # in which threads of this file run
+_greenlets: weakref.WeakSet[Any] = weakref.WeakSet()  # those that run in place of threads
 
 
 def _start_thread(run: Callable[[], None], name: str) -> None:
@@ -104,7 +106,7 @@ def _start_thread(run: Callable[[], None], name: str) -> None:
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("threading"):
-        # Not by threading, in which a greenlet fails that is killed in a forked child.
+        # Not by threading.Thread: its greenlet would fail when a forked child kills it.
         _greenlets.add(sys.modules["gevent"].spawn(run))
     else:
         threading.Thread(target=run, name=name, daemon=True).start()
@@ -158,7 +160,7 @@ class Frame(str):
 
     def __new__(cls, text: str) -> Frame:
         text = _check_text("frame", text)
-        if _lines(text[-4:])[-2:] != ["", ""]:  # an empty line, and nothing after its end
+        if not "\n".join(_lines(text[-4:])).endswith("\n\n"):  # at most CR LF CR LF
             raise ValueError(_wrong("frame", "a blank line at its end", text, "use format_sse()"))
         return _frame(text, text.encode(), has_id=_ID_LINE.search(text) is not None)
 
@@ -305,14 +307,15 @@ _GAP = format_sse("", "gap")
 _Id = tuple[int, int]  # for Redis: milliseconds, and a sequence number within them
 _NO_ID: _Id = (0, 0)  # before the ids of all events
 _EARLIEST: _Id = (-2, 0)  # given instead of an id by a client that wants everything that is kept
-_FOREIGN_ID: _Id = (-1, 0)  # given for a text that is no id of ours: no event has this one
+# Of no event: for a text that is no id of ours, and for a relay that has not been read yet.
+_UNKNOWN_ID: _Id = (-1, 0)
 # A header is a stranger's text, and int() alone reads much more than this: "１", and "1_0".
 _ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})", re.ASCII)
 
 
 def _parse_id(text: object) -> _Id:
     match = _ID.fullmatch(text) if isinstance(text, str) else None
-    return (int(match[1]), int(match[2])) if match else _FOREIGN_ID
+    return (int(match[1]), int(match[2])) if match else _UNKNOWN_ID
 
 
 def _id_text(id: _Id) -> str:
@@ -331,7 +334,8 @@ class _History:
     def __init__(self, size: int, floor: _Id) -> None:
         self._size = size
         self._events: deque[tuple[_Id, str | None, Frame]] = deque()
-        # The id before its first event, and those of the first and the newest, once there are any.
+        # The floor: of channels that are not in `_forgotten`, every event after it is kept. At
+        # first it is the id before the first event, and stands for the ids of the first and newest.
         self._floor = self._first = self.newest = floor
         self._forgotten: dict[str | None, _Id] = {}  # each channel's newest event that was dropped
 
@@ -343,11 +347,11 @@ class _History:
         if frame is not None:  # the end of streams has an id, but there is nothing to replay
             self._events.append((id, channel, frame))
         if len(self._events) > self._size:
-            oldest, channel, _ = self._events.popleft()
-            self._forgotten[channel] = oldest
+            oldest_id, its_channel, _ = self._events.popleft()
+            self._forgotten[its_channel] = oldest_id
             if len(self._forgotten) > _MAX_CHANNELS:
                 self._forgotten.clear()
-                self._floor = oldest
+                self._floor = oldest_id
 
     def missed(self, last: _Id, channels: tuple[str, ...]) -> tuple[list[Frame], bool]:
         """Return the events after ``last`` that a client of these channels has missed.
@@ -452,7 +456,8 @@ class RedisRelay:
         return cls(redis.Redis.from_url(url, socket_timeout=5), key, maxlen)
 
     def publish(self, channel: str | None, frame: str | None) -> None:
-        # In UTF-8, whatever the client's own encoding is. None is "": no channel and no frame is.
+        # In UTF-8, whatever the client's own encoding is. "" stands for None: no channel's name and
+        # no frame is empty.
         texts = [(text or "").encode() for text in (channel, frame)]
         self._client.eval(self._PUBLISH, 1, self.key, self.maxlen, *texts)
 
@@ -492,7 +497,8 @@ class RedisRelay:
 
 _SEND_BUFFER = 64 * 1024  # bytes that a connection holds in the kernel; its default is megabytes
 _BACKLOG = 64 * 1024  # bytes of frames that may wait for the hub before publishers do
-# Frames beyond its limit that a stream may hold until its server begins it, and then for _MAX_LAG.
+# How many frames beyond its limit a detached stream may hold, for at most _MAX_LAG; and how many
+# frames beyond maxsize a subscription may hold until its server begins to send.
 _BURST = 1_000
 _MAX_LAG = 1.0  # seconds for a stream, or a reader, to catch up before it is dropped
 # Seconds for an ended stream to make progress, and then for its client to close: a socket that is
@@ -551,8 +557,10 @@ class _Hub(_OwnThread):
         # The live streams by framing and channel, and for None those of any channel.
         self._groups: dict[_Framing, dict[str | None, dict[_Stream, None]]] = {}
         self._deadlines: dict[_Stream, float] = {}  # of those over their limit, or ending
-        self._heartbeat_at = time.monotonic() + self._heartbeat  # of all that are not behind
-        self._loaded_until = 0.0  # until then it has rested less than its last mail took
+        # When all streams that are not behind get a heartbeat.
+        self._heartbeat_at = time.monotonic() + self._heartbeat
+        # The hub counts as loaded until it has rested for as long as its last mail took.
+        self._loaded_until = 0.0
         self._thread: int | None = None
         self._selector = selectors.DefaultSelector()
         self._wakeup_read, self._wakeup_write = os.pipe()
@@ -588,7 +596,10 @@ class _Hub(_OwnThread):
                 self._release()
 
     def wait_while_behind(self, size: int) -> None:
-        """Wait, but not for ever, while more than 64 KiB of frames of this size are to be sent."""
+        """Wait, for at most a second, while more than 64 KiB of frames are in the mailbox.
+
+        The caller gives the size of its own frame, and all frames are taken to have that size.
+        """
         if threading.get_ident() == self._thread:  # a finaliser that broadcasts would wait in vain
             return
         until = time.monotonic() + _MAX_LAG
@@ -739,10 +750,11 @@ class _Hub(_OwnThread):
         data = b"".join(wires)
         yielded_at = time.monotonic()
         for batch in (streams[i : i + _BATCH] for i in range(0, len(streams), _BATCH)):
-            # A stream that is behind has its turn later: at -1 a send fails at once.
+            # A stream that is behind is not sent to now. With -1 for its descriptor the send fails
+            # at once, and _hold() below puts the frames after those that are pending.
             descriptors = [s.descriptor if s.pending is None else -1 for s in batch]
             taken = _send_to_all(descriptors, data)
-            if taken.count(len(data)) < len(batch):  # mostly all of them have taken everything
+            if taken.count(len(data)) < len(batch):  # rare: mostly all have taken everything
                 for stream, count in zip(batch, taken, strict=True):
                     if count < len(data):
                         self._guard(self._hold, stream, wires, max(count, 0))  # -1 is an error
@@ -782,7 +794,8 @@ class _Hub(_OwnThread):
         everything, shut it down.
         """
         pending = stream.pending or deque()
-        with contextlib.suppress(BlockingIOError):  # up to 1,024 buffers, the system's limit
+        with contextlib.suppress(BlockingIOError):  # the connection takes nothing now
+            # Up to 1,024 buffers, the system's limit.
             taken = os.writev(stream.descriptor, [*itertools.islice(pending, 1024)])
             _remove_taken(pending, taken)
         if not stream.is_live:  # it is ending
@@ -803,6 +816,7 @@ class _Hub(_OwnThread):
     def _end(self, stream: _Stream, is_meant: bool) -> None:
         if stream.is_live:
             self._forget(stream)
+            # If there is nothing to say at the end, an empty frame: writev() gets at least one.
             last = stream.framing(b"") if is_meant else b""
             stream.pending = deque([*(stream.pending or ()), last])
             self._write_pending(stream)
@@ -893,7 +907,10 @@ _RELAY_WAIT = 1.0  # seconds that a subscriber waits for the relay
 _READ_TIMEOUT = 2.0  # seconds that the relay waits for an event; redis-py gives up after 5
 _READ_PAUSE = 0.25  # seconds, at most, before a relay that is away, or does not wait, is read again
 _MEANT_ENDS = ("unsubscribed", "disconnected", "finished")
-_NO_FRAMES: deque[Frame] = deque(maxlen=0)  # shared by all detached: an empty deque takes 624 bytes
+# Shared by all detached subscriptions, and never filled: an empty deque each would take 624 bytes.
+_NO_FRAMES: deque[Frame] = deque(maxlen=0)
+_RELAY_METHODS = ("publish", "recent", "read")
+_bouncers: weakref.WeakSet[EventBouncer] = weakref.WeakSet()  # all: for a fork, and the exit
 
 
 class Refused(RuntimeError):
@@ -912,7 +929,8 @@ class _HubInUse:
 
     def __init__(self, maxsize: int, heartbeat: float | None, heartbeat_wire: bytes) -> None:
         self.hub = _Hub(maxsize, heartbeat, heartbeat_wire)
-        # No __del__, during which another thread could still get this by a weak reference.
+        # No __del__, during which another thread could still get this by a weak reference. And not
+        # at exit: this would run before _end_at_exit(), which still posts the ends of the streams.
         weakref.finalize(self, self.hub.retire).atexit = False
 
 
@@ -928,9 +946,9 @@ class Subscription:
     channels: tuple[str, ...]
     maxsize: int  #: How many frames its reader may fall behind.
     _bouncer: EventBouncer  # whose lock guards everything in here
-    # How many frames it may hold beyond maxsize, until it has been empty once: room for the missed
+    # How many frames it may hold beyond maxsize, until it has been empty once: for the missed
     # events, the snapshot and what came before its server began to send.
-    _room: int = 0
+    _extra: int = 0
     # When a broadcast found it full; None once it has been empty. Before its server begins to send
     # it, the distant past, so that no publisher waits for it.
     _late_since: float | None = None
@@ -988,8 +1006,8 @@ class Subscription:
         return not self._frames
 
     def full(self) -> bool:
-        """Return whether the next broadcast would find no room."""
-        return len(self._frames) >= self.maxsize + self._room
+        """Return whether the next broadcast would find it full, and drop it."""
+        return len(self._frames) >= self.maxsize + self._extra
 
     def __iter__(self) -> Iterator[Frame]:
         return self
@@ -1014,7 +1032,7 @@ class Subscription:
         """Begin as a stream through the server: what it holds by now does not count."""
         with self._bouncer._lock:
             self._late_since = None
-            self._room = len(self._frames)
+            self._extra = len(self._frames)
 
     def _end(self, why: str) -> None:
         """End it. Called by the hub when it ends this subscription's stream."""
@@ -1033,7 +1051,7 @@ class Subscription:
     def _put_first(self, frames: list[Frame]) -> None:
         """Put frames that do not count before those that it holds."""
         self._frames.extendleft(reversed(frames))
-        self._room += len(frames)
+        self._extra += len(frames)
 
     def _put(self, frame: Frame) -> None:
         self._frames.append(frame)
@@ -1042,7 +1060,7 @@ class Subscription:
     def _take(self) -> Frame:
         frame = self._frames.popleft()
         if not self._frames:
-            self._room = 0
+            self._extra = 0
             self._late_since = None
             self._notify()
         return frame
@@ -1056,8 +1074,8 @@ class Subscription:
         if self._changed is not None:
             self._changed.notify_all()
 
-    def _is_late(self) -> bool:
-        """Return whether it is full, but not yet for so long that no publisher waits for it."""
+    def _may_catch_up(self) -> bool:
+        """Return whether it is full, and has been for less than _MAX_LAG: publishers wait."""
         if not self.full():
             return False
         self._late_since = self._late_since or time.monotonic()
@@ -1158,7 +1176,8 @@ class EventBouncer:
         # Readers, and streams that have not begun. They are held weakly: if a view fails and its
         # subscription is never read, it goes, or fills up and is dropped.
         self._readers: weakref.WeakKeyDictionary[Subscription, None] = weakref.WeakKeyDictionary()
-        # Of the streams of the hub, which they keep: there may be thousands. `_hub` returns it.
+        # The subscriptions of detached streams, which may be thousands. Each refers to the hub, and
+        # so keeps it in use. `_hub()` returns the same reference, or None if there is no hub.
         self._detached: dict[Subscription, _HubInUse] = {}
         self._hub: Callable[[], _HubInUse | None] = lambda: None
         self._relay_reader: _RelayReader | None = None  # made when it is first needed
@@ -1216,6 +1235,8 @@ class EventBouncer:
         with self._lock:  # nobody subscribes between the look and the update
             if count := len(self.subscribers):
                 raise RuntimeError(_wrong("init_app", "no subscribers", count, "call it earlier"))
+            # By vars(), as __setattr__() refuses the parameters. By a lambda, as the app may set
+            # another provider later.
             vars(self).update(vars(fresh), _given=given, _dumps=lambda data: app.json.dumps(data))
         app.extensions["sse_bouncer"] = self
 
@@ -1297,6 +1318,7 @@ class EventBouncer:
             block and broadcast, and what they raise is logged. None, the default, tells nobody.
         :raises ValueError: if there is a snapshot, and ``last_event_id`` is ``"earliest"``.
         """
+        # Until its server begins: _BURST frames beyond maxsize, and no publisher waits for it.
         subscription = Subscription(channels, self.maxsize, self, _BURST, -math.inf)
         return _stream_response(subscription, last_event_id, snapshot, on_close)
 
@@ -1319,7 +1341,8 @@ class EventBouncer:
                 self.relay.publish(left[-1], None)
                 left.pop()
         finally:
-            self._disconnect(set(left))  # without a relay all; with one, those that it did not take
+            # Without a relay, all channels are left; with one, those that it did not take.
+            self._disconnect(set(left))
 
     def close(self) -> None:
         """End every stream of this process, after what it holds, and refuse new ones.
@@ -1385,7 +1408,8 @@ class EventBouncer:
             if len(self._readers) + len(self._detached) >= (self.max_subscribers or math.inf):
                 raise self._refused(f"fewer than {self.max_subscribers} subscribers", "as many")
             self._readers[subscription] = None
-            # This look comes second, as a signal handler may close the bouncer, which ends it.
+            # Only now look whether the bouncer is closed. If a signal handler closes it before this
+            # look, the look finds it; later, the handler finds the subscription, and ends it.
             if self._closed and subscription.ended is None:
                 self._readers.pop(subscription, None)
                 raise self._refused("an open bouncer", "a closed one")
@@ -1443,10 +1467,11 @@ class EventBouncer:
                 return
             if why == "dropped":
                 self._counts["dropped"] += 1
-            stream = subscription._stream
+            stream = subscription._stream  # before _mark_ended(), which clears it
             subscription._mark_ended(why)
             self._readers.pop(subscription, None)
             used = self._detached.pop(subscription, None)
+            # Without a stream this has interrupted _attach(), which then posts the end itself.
             if used is not None and stream is not None:
                 used.hub.end(stream, why in _MEANT_ENDS)
 
@@ -1488,7 +1513,7 @@ class EventBouncer:
             self._fan_out(None, _with_id(_GAP, _id_text(self._history.newest)))
 
     def _fan_out(self, channel: str | None, frame: Frame) -> list[Subscription]:
-        """Put a frame into every queue. Return the readers that had no room, and are dropped."""
+        """Send a frame to the channel's streams and readers. Return the readers that it dropped."""
         if (used := self._hub()) is not None:
             used.hub.send(channel, frame.wire)
         dropped = [reader for reader in self._audience(channel) if reader.full()]
@@ -1504,11 +1529,12 @@ class EventBouncer:
         return [r for r in readers if channel is None or channel in r.channels]
 
     def _wait_for_slow_readers(self, channel: str | None) -> None:  # called with the lock held
-        # Wait until each full queue has been empty once, not just until it has room: then a loop
-        # waits once every maxsize frames. Another publisher may refill a queue in between, so only
-        # a wait that times out uses up one of the looks.
+        # Wait for one full queue after the other. A wait ends when that queue is empty, not just
+        # below its bound, so a loop of broadcasts waits once every maxsize frames. Then a new look
+        # finds the readers that are still full. Another publisher may refill a queue in between, so
+        # only a wait that times out uses up one of the looks.
         looks = _LOOKS
-        while looks and (late := [r for r in self._audience(channel) if r._is_late()]):
+        while looks and (late := [r for r in self._audience(channel) if r._may_catch_up()]):
             if not late[0]._wait(_GRACE / _LOOKS):
                 looks -= 1
 
@@ -1540,10 +1566,6 @@ class EventBouncer:
             subscription._disown()
 
 
-_RELAY_METHODS = ("publish", "recent", "read")
-_bouncers: weakref.WeakSet[EventBouncer] = weakref.WeakSet()
-
-
 class _Callbacks(_OwnThread):
     """Calls what apps gave as ``on_close``, in order."""
 
@@ -1558,7 +1580,8 @@ class _Callbacks(_OwnThread):
             try:
                 on_close()
             except BaseException:  # also SystemExit and gevent.Timeout: the next ones have to run
-                if _process.get("callbacks") is not self:  # killed in a forked child, by gevent
+                # Not the process's own any more: this is a forked child, which kills its greenlets.
+                if _process.get("callbacks") is not self:
                     raise
                 logger.exception("an on_close function failed: %r", on_close)
             del on_close  # and with it the context of the view
@@ -1582,9 +1605,10 @@ class _RelayReader(_OwnThread):
         super().__init__("sse_bouncer relay")
         self._bouncer = weakref.ref(bouncer)
         self._relay = relay
-        self._has_tried = threading.Event()  # set after the first attempt, or a second
-        self._position = _FOREIGN_ID  # the id of the entry that was read last; less than all
-        self._has_read = threading.Condition()  # notified of it
+        # Set after the first attempt, or by the first caller that has waited one second for it.
+        self._has_tried = threading.Event()
+        self._position = _UNKNOWN_ID  # the id of the entry that was read last; less than any id
+        self._has_read = threading.Condition()  # _take() notifies it of a new position
         self._is_away = False  # it has failed, and has not been read since
         self._asking = threading.Lock()  # held while the relay is asked, so one query at a time
 
@@ -1598,7 +1622,7 @@ class _RelayReader(_OwnThread):
         if not self._has_tried.wait(_RELAY_WAIT):
             self._has_tried.set()  # so that all wait a second together, and nobody later
         # Before the first read there is nothing to compare with, and later mostly no need to wait.
-        if self._is_away or not _FOREIGN_ID < self._position < id:
+        if self._is_away or not _UNKNOWN_ID < self._position < id:
             return
         if not self._asking.acquire(timeout=_RELAY_WAIT):
             self._is_away = True  # so that a query that hangs makes others wait only once
@@ -1626,11 +1650,11 @@ class _RelayReader(_OwnThread):
 
     def _run(self) -> None:
         while (bouncer := self._bouncer()) is not None and bouncer._is_read_by(self):
-            count = bouncer.history or 1
+            count = bouncer.history or 1  # without a history too, for the newest entry's id
             del bouncer  # nothing may hold it while the relay is waited for
             began, position = time.monotonic(), self._position
             try:
-                if position == _FOREIGN_ID:
+                if position == _UNKNOWN_ID:
                     found = self._relay.recent(count)
                 else:
                     found = self._relay.read(_id_text(position), _READ_TIMEOUT)
@@ -1650,14 +1674,15 @@ class _RelayReader(_OwnThread):
 
     def _take(self, bouncer: EventBouncer, entries: list[tuple[_Event, _Id]]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
-        if self._position == _FOREIGN_ID:
+        if self._position == _UNKNOWN_ID:
             floor = _floor_before(*entries[0], self._position) if entries else _NO_ID
             bouncer._restart_history(floor, [event for event, _ in entries], self)
             self._position = entries[-1][0].id if entries else _NO_ID
             entries = []
         for event, after in entries:
             try:
-                if after not in (self._position, _FOREIGN_ID):
+                # An entry that publish() did not make says nothing of what was before it.
+                if after not in (self._position, _UNKNOWN_ID):
                     logger.warning("events were lost in the relay before this process read them")
                     floor = _floor_before(event, after, self._position)
                     bouncer._restart_history(floor, [], self)
@@ -1671,8 +1696,8 @@ class _RelayReader(_OwnThread):
 
 def _floor_before(event: _Event, after: _Id, position: _Id) -> _Id:
     """Return the id after which this process has all events, beginning with this one."""
-    # If the relay has gone back, by a deletion or to an older copy, nobody has seen all that was
-    # before this event: the floor is right before it.
+    # If the relay has gone back, by a deletion or to an older copy, or if the entry before is
+    # unknown, nobody has seen all that was before this event: the floor is right before it.
     return after if after > position else (event.id[0] - 1, 2**64 - 1)
 
 
@@ -1684,15 +1709,15 @@ def _parse_entry(entry: _Entry) -> tuple[_Event, _Id]:
     """
     id_text, after_text, channel, text = entry
     id, after = _parse_id(id_text), _parse_id(after_text)
-    if id == _FOREIGN_ID:
+    if id == _UNKNOWN_ID:
         raise ValueError(_wrong("id", "<digits>-<digits>", entry, "see Relay"))
     try:
-        if after == _FOREIGN_ID:
+        if after == _UNKNOWN_ID:
             raise ValueError(_wrong("after", "<digits>-<digits>", after_text, "use publish()"))
         frame = None if text is None else _with_id(Frame(text), id_text)
     except (TypeError, ValueError) as error:
         logger.warning("skipped an entry of the relay that is not an event: %s", error)
-        return _Event(id, None, None), _FOREIGN_ID
+        return _Event(id, None, None), _UNKNOWN_ID
     return _Event(id, channel, frame), after
 
 
@@ -1719,7 +1744,7 @@ _HEADERS = {
 _SUCCESS = re.compile(rb"HTTP/[0-9.]+ 200 ")
 _CHANGES_BODY = re.compile(rb"\r\ncontent-(encoding|length):", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked(?=\r\n|$)", re.IGNORECASE)
-_CONNECTION = re.compile(rb"\r\nconnection:[^\r\n]*", re.IGNORECASE)
+_CONNECTION_HEADER = re.compile(rb"\r\nconnection:[^\r\n]*", re.IGNORECASE)
 _UWSGI_OWN = re.compile("https-socket|ssl-socket|gevent|async")  # TLS, or loops, of uWSGI's own
 _HOLDS_WORKER = "a stream goes through the server and holds its worker: "
 _STAND_IN_BUFFER = 1024 * 1024  # bytes of a response's head; the system may allow less
@@ -1727,7 +1752,8 @@ _HEAD_TIME = 1.0  # seconds after which a head that does not fit into that buffe
 _STALL_TIME = 30.0  # seconds in which a client has to take 64 KiB from a server
 _SELECT_LIMIT = 1_024  # descriptors that select() can wait for
 _REFUSED_RETRY = (5_000, 15_000)  # milliseconds after which refused clients come back, at least
-# A line and no block, so that a browser does not run at once what fails again and again.
+# So that a browser does not run at once again what has just failed. A line and no block, of which
+# several client libraries would make an empty event.
 _FAILED = _frame("retry: 10000\n", b"retry: 10000\n", has_id=False)
 _MAX_GENERATORS = 1_000  # threads for generators; what is beyond goes through the server
 _GENERATOR_EXIT_TIME = 5.0  # seconds that generators get when the process ends
@@ -1773,7 +1799,7 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
         raise TypeError(_wrong("source", "items or a Subscription", source, "put it into a list"))
     try:
         return _respond(_GeneratorBody(source, detach))
-    except Refused as refused:  # which frees the body, and so closes the source
+    except Refused as refused:  # the body is freed with this error, and closes the source
         return _refuse(refused, _generators)
 
 
@@ -1876,10 +1902,11 @@ class _Body(abc.ABC):
 
     def _is_in_view(self) -> bool:
         """Return whether a view or an after_request function reads the body, and no server."""
-        # Flask takes its request out of the environ when they are over. Then middleware may put
-        # another one in, and a test client may bring the context back, but hardly both.
-        is_over = self._environ.get("werkzeug.request") is None
-        return not is_over and _environ() is self._environ
+        # When these functions are over, Flask takes its request out of the environ, and ends the
+        # context. Later, middleware may put another request into the environ, and a test client may
+        # bring the context back, but hardly both.
+        has_request = self._environ.get("werkzeug.request") is not None
+        return has_request and _environ() is self._environ
 
     @abc.abstractmethod
     def served(self) -> Iterator[bytes]:
@@ -1969,6 +1996,8 @@ class _GeneratorBody(_Body):
                 yield _FAILED
             elif isinstance(error, OSError):  # which servers may take for a lost client
                 raise RuntimeError("a generator failed") from error
+            # Whoever asks for frames logs it: _run(), or the server. But a server whose sends block
+            # is told, by Ended, that the client is lost, and logs nothing: then it is logged here.
             if not has_begun or not self.connection.blocks:
                 raise
             logger.exception("a generator failed; its stream is cut off")
@@ -1985,7 +2014,7 @@ class _GeneratorBody(_Body):
         _running.add(self)
         try:
             _start_thread(functools.partial(self._run, subscription), "sse_bouncer generator")
-        except RuntimeError as error:  # there can be no more threads
+        except RuntimeError as error:  # there can be no more threads: run it in the worker's
             _warn_once(f"{_HOLDS_WORKER}{error}")
             self._run(subscription)
 
@@ -2000,6 +2029,7 @@ class _GeneratorBody(_Body):
         try:
             try:
                 for frame in self.frames():
+                    # Not by broadcast(), which warns in a forked child: this client is its own.
                     _generators._deliver(_Event(_NO_ID, subscription.channels[0], frame))
                     self._wait_for_client(subscription, len(frame.wire))
                     if subscription.ended is not None:  # its client left, or the process ends
@@ -2098,7 +2128,8 @@ class _Connection:
             _warn_once(f"{_HOLDS_WORKER}{error}")
             return False
         self._is_begun = True
-        # A head that is larger than the stand-in's buffer is an error then, and no wait.
+        # So a head that is larger than the stand-in's buffer is an error. Without a timeout the
+        # worker would wait for ever, as only the worker itself could read it.
         self.set_timeout(_HEAD_TIME)
         return True
 
@@ -2113,7 +2144,8 @@ class _Connection:
         try:
             head, framing = _head_and_framing(written, body.opening, self._is_http_1_0)
             body.attach(_Stream(descriptor, framing, self._input_left, deque([head])))
-        except (RuntimeError, OSError) as error:  # Refused; no thread or descriptor for a hub
+        # The server wrote something else; Refused; or there is no thread or descriptor for a hub.
+        except (RuntimeError, OSError) as error:
             self._client = _socket_of(descriptor)
             _warn_once(f"{_HOLDS_WORKER}{error}")
             self._give_back(written)
@@ -2128,7 +2160,7 @@ class _Connection:
             with contextlib.suppress(OSError):  # the client, or the connection, is gone
                 self._give_back(self._written())
         self.set_timeout(None)
-        self.blocks = False  # from here on: the connection may serve another request
+        self.blocks = False  # set no timeout from now on: the connection may serve another request
 
     def _written(self) -> bytes:
         # Of a socket that does not block, this is what is there, or None if nothing is.
@@ -2194,7 +2226,7 @@ def _head_and_framing(written: bytes, opening: bytes, is_http_1_0: bool) -> tupl
         raise RuntimeError(f"its server or middleware sent {what}")
     if is_chunked and is_http_1_0:  # the development server's mistake: that client knows no chunks
         head, body, is_chunked = _CHUNKED.sub(b"", head), opening, False
-    head = _CONNECTION.sub(b"", head) + b"\r\nConnection: close"
+    head = _CONNECTION_HEADER.sub(b"", head) + b"\r\nConnection: close"
     return head + b"\r\n\r\n" + body, _as_chunk if is_chunked else bytes  # bytes(wire) is wire
 
 
@@ -2216,7 +2248,9 @@ def _check_descriptors(bouncer: EventBouncer) -> None:
     with contextlib.suppress(AttributeError, KeyError):  # it is not waitress
         if not _environ()["waitress.client_disconnected"].__self__.adj.asyncore_use_poll:
             limit = min(limit, _SELECT_LIMIT)
-    with contextlib.suppress(OSError), open(os.devnull) as lowest_free:  # about as many are open
+    # A file gets the lowest number that is free, so about as many descriptors are open. If none is
+    # free, open() fails, which is the same answer.
+    with contextlib.suppress(OSError), open(os.devnull) as lowest_free:
         if lowest_free.fileno() < 0.9 * limit:
             return
     given = "fewer (see ulimit -n, and with waitress --asyncore-use-poll)"
@@ -2248,7 +2282,8 @@ def _end_at_exit() -> None:
     for bouncer in list(_bouncers):
         bouncer.close()
     for callbacks in list(_process.values()):
-        callbacks.due.put(_process.clear)  # after the functions of all streams
+        # The last call of all. `_process` is empty when everything that was due has been called.
+        callbacks.due.put(_process.clear)
     limits = (_running, _GENERATOR_EXIT_TIME), (_hubs, _EXIT_TIME), (_process, _EXIT_TIME)
     for running, seconds in limits:
         until = time.monotonic() + seconds
