@@ -1792,7 +1792,7 @@ def sse_response(source: Iterable[object] | Subscription, *, detach: bool = Fals
         if source._is_streamed:
             raise RuntimeError(_wrong("source", "an unstreamed one", source, "subscribe anew"))
         source._is_streamed = True
-        return _respond(_SubscriptionBody(source))
+        return _respond(_Body(source, source._bouncer.detach))
     if isinstance(source, AsyncIterable):
         raise TypeError(_wrong("source", "what is not async", source, "define it without async"))
     if isinstance(source, str | bytes | bytearray | Mapping) or not isinstance(source, Iterable):
@@ -1861,30 +1861,33 @@ def _environ() -> dict[str, Any]:
     return request.environ if has_request_context() else {}
 
 
-class _Body(abc.ABC):
-    """What a server iterates, and closes.
+class _Body:
+    """The frames of a subscription, and heartbeats: what a server iterates, and closes.
 
     It is an object, because a generator that was never started has no ``finally`` to run. If a
     server breaks a request off without close(), it still drops the body. Nothing that the body
     holds refers back to it, so it is freed, and closed, at once.
     """
 
-    opening: bytes  # what is sent at once, so that a page's onopen fires; b"" to send nothing
-
-    def __init__(self, detach: bool) -> None:
+    def __init__(self, subscription: Subscription, detach: bool) -> None:
         self._environ = _environ()
         self.connection = _Connection(self._environ, detach)
         self._is_detached = False
+        self._subscription = subscription
+        self._bouncer = subscription._bouncer
+        # What is sent at once, so that a page's onopen fires. A line, not a block, of which several
+        # client libraries would make an empty event.
+        retry = self._bouncer._retry
+        self.opening = b"retry: %d\n" % random.randint(*retry) if retry else _HEARTBEAT
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            if not self._is_in_view() and self.connection.begin():
+            has_begun = not self._is_in_view() and self.connection.begin()
+            if self.opening:
                 yield self.opening
-                self._is_detached = self.connection.detach(self)
-                if self._is_detached:
-                    return
-            elif self.opening:
-                yield self.opening
+            self._is_detached = has_begun and self.connection.detach(self)
+            if self._is_detached:
+                return
             for wire in self.served():
                 # Or a client that stops reading would hold this thread for ever.
                 self.connection.set_timeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
@@ -1896,7 +1899,7 @@ class _Body(abc.ABC):
     def close(self) -> None:
         self.connection.close()
         if not self._is_detached:
-            self.release()
+            self.release("its client left")
 
     __del__ = close
 
@@ -1908,31 +1911,8 @@ class _Body(abc.ABC):
         has_request = self._environ.get("werkzeug.request") is not None
         return has_request and _environ() is self._environ
 
-    @abc.abstractmethod
     def served(self) -> Iterator[bytes]:
         """Yield what goes through the server, after the opening."""
-
-    @abc.abstractmethod
-    def attach(self, stream: _Stream) -> None:
-        """Have a hub send from now on. RuntimeError or OSError if that cannot be."""
-
-    @abc.abstractmethod
-    def release(self) -> None:
-        """End what is not detached. Called once or more."""
-
-
-class _SubscriptionBody(_Body):
-    """The frames of a subscription, and heartbeats."""
-
-    def __init__(self, subscription: Subscription) -> None:
-        bouncer = self._bouncer = subscription._bouncer
-        super().__init__(bouncer.detach)
-        self._subscription = subscription
-        # A line, not a block, of which several client libraries would make an empty event.
-        retry = bouncer._retry
-        self.opening = b"retry: %d\n" % random.randint(*retry) if retry else _HEARTBEAT
-
-    def served(self) -> Iterator[bytes]:
         if self._is_in_view():
             raise RuntimeError("a stream has no end: leave its body to the server")
         self._subscription._begin()
@@ -1942,16 +1922,17 @@ class _SubscriptionBody(_Body):
             except queue.Empty:
                 yield self._bouncer._heartbeat_wire
             except Ended:
-                is_meant = self._subscription.ended in _MEANT_ENDS
-                if is_meant or not self.connection.blocks:
+                if self._subscription.ended in _MEANT_ENDS or not self.connection.blocks:
                     return
                 raise  # so that the server breaks the body off
 
     def attach(self, stream: _Stream) -> None:
+        """Have a hub send from now on. RuntimeError or OSError if that cannot be."""
         self._bouncer._attach(self._subscription, stream)
 
-    def release(self) -> None:
-        self._bouncer._remove(self._subscription, "its client left")
+    def release(self, why: str) -> None:
+        """End what is not detached. A second call has no effect."""
+        self._bouncer._remove(self._subscription, why)
 
 
 # The bouncer whose hub sends what generators yield, each to a channel of its own. No queue of it is
@@ -1961,17 +1942,21 @@ _running: set[_GeneratorBody] = set()  # whose threads run
 
 
 class _GeneratorBody(_Body):
-    """What a generator, or any iterable, yields: through the server, or by a thread of its own."""
+    """What a generator, or any iterable, yields.
+
+    It goes through the server as it is, or a thread of its own broadcasts it to a subscription.
+    """
 
     def __init__(self, source: Iterable[object], detach: bool) -> None:
-        super().__init__(detach)
         self._source = source
-        # Through the server, one that fails at once is answered by the server's own 500.
-        self.opening = _HEARTBEAT if self.connection.can_be_taken_over else b""
         # The view's context is over when the generator runs, so a copy is kept: for the app's JSON,
         # and for a generator with `detach`, wherever it runs.
         self._in_context: Callable[..., Any] = contextvars.copy_context().run
         self._call: Callable[..., Any] = self._in_context if detach else operator.call
+        super().__init__(Subscription((str(uuid.uuid4()),), sys.maxsize, _generators), detach)
+        if not self.connection.can_be_taken_over:
+            # Through the server, one that fails at once is answered by the server's own 500.
+            self.opening = b""
         if detach:
             _check_descriptors(_generators)
 
@@ -2009,50 +1994,50 @@ class _GeneratorBody(_Body):
     def attach(self, stream: _Stream) -> None:
         if len(_running) >= _MAX_GENERATORS:
             raise RuntimeError(f"{_MAX_GENERATORS:,} generators run already")
-        subscription = _generators.subscribe(str(uuid.uuid4()))
-        _generators._attach(subscription, stream)
+        _generators._add(self._subscription, seen=None, wants_snapshot=False)
+        super().attach(stream)
         _running.add(self)
         try:
-            _start_thread(functools.partial(self._run, subscription), "sse_bouncer generator")
+            _start_thread(self._run, "sse_bouncer generator")
         except RuntimeError as error:  # there can be no more threads: run it in the worker's
             _warn_once(f"{_HOLDS_WORKER}{error}")
-            self._run(subscription)
+            self._run()
 
-    def release(self) -> None:
+    def release(self, why: str) -> None:
+        super().release(why)
         close = getattr(self._source, "close", None)
         self._source = ()
         if close is not None:
             self._call(close)
 
-    def _run(self, subscription: Subscription) -> None:
+    def _run(self) -> None:
         why = "failed"
         try:
             try:
                 for frame in self.frames():
                     # Not by broadcast(), which warns in a forked child: this client is its own.
-                    _generators._deliver(_Event(_NO_ID, subscription.channels[0], frame))
-                    self._wait_for_client(subscription, len(frame.wire))
-                    if subscription.ended is not None:  # its client left, or the process ends
+                    _generators._deliver(_Event(_NO_ID, self._subscription.channels[0], frame))
+                    self._wait_for_client(len(frame.wire))
+                    if self._subscription.ended is not None:  # its client left, or the process ends
                         break
                 why = "finished"
-            finally:
-                self.release()
+            finally:  # also if it raises SystemExit
+                self.release(why)
         except Ended:  # it has failed, or a subscription that it reads has ended
             pass
         except Exception:
             logger.exception("a generator failed, or could not be closed")
-        finally:  # also if it raises SystemExit
-            _generators._remove(subscription, why)
+        finally:
             _running.discard(self)
 
-    def _wait_for_client(self, subscription: Subscription, size: int) -> None:
+    def _wait_for_client(self, size: int) -> None:
         """Wait until at most 16 frames, or 64 KiB of frames of this size, are left to send."""
         most = min(_MOST_PENDING, _BACKLOG // size)
         until = time.monotonic() + _STALL_TIME * (1 + size // _SEND_BUFFER)
         pause = _POLL_INTERVAL
-        while subscription._behind() > most and subscription.ended is None:
+        while self._subscription._behind() > most and self._subscription.ended is None:
             if time.monotonic() > until:  # its client takes too little
-                _generators._remove(subscription, "dropped")
+                _generators._remove(self._subscription, "dropped")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_POLL)
 
