@@ -143,8 +143,6 @@ class _OwnThread(abc.ABC):
 # Data that looks like this was formatted by hand; format_sse() formats it once more.
 _FRAMED_BY_HAND = re.compile(r"(?:data|event|id|retry):")
 _ID_LINE = re.compile(r"(?:^|[\r\n])id[:\r\n]")
-# A comment without a blank line after it: some client libraries make an empty event of a block.
-_HEARTBEAT = b":\n"
 
 
 class Frame(str):
@@ -219,6 +217,10 @@ def _frame(text: str, wire: bytes, has_id: bool) -> Frame:
     frame.wire = wire
     frame.has_id = has_id
     return frame
+
+
+# A comment without a blank line after it: some client libraries make an empty event of a block.
+_HEARTBEAT = _frame(":\n", b":\n", has_id=False)
 
 
 def _with_id(frame: Frame, id: str) -> Frame:
@@ -927,8 +929,8 @@ class _HubInUse:
     So no signal handler can retire it under a thread that is about to post something.
     """
 
-    def __init__(self, maxsize: int, heartbeat: float | None, heartbeat_wire: bytes) -> None:
-        self.hub = _Hub(maxsize, heartbeat, heartbeat_wire)
+    def __init__(self, bouncer: EventBouncer) -> None:
+        self.hub = _Hub(bouncer.maxsize, bouncer.heartbeat, bouncer._heartbeat_frame.wire)
         # No __del__, during which another thread could still get this by a weak reference. And not
         # at exit: this would run before _end_at_exit(), which still posts the ends of the streams.
         weakref.finalize(self, self.hub.retire).atexit = False
@@ -1152,7 +1154,7 @@ class EventBouncer:
         name = self.heartbeat_event
         if name is not None and not _check_line("heartbeat_event", name):
             raise ValueError(_wrong("heartbeat_event", "a name", name, "use None for the comment"))
-        self._heartbeat_wire = _HEARTBEAT if name is None else format_sse("", name).wire
+        self._heartbeat_frame = _HEARTBEAT if name is None else format_sse("", name)
         retry = self.retry
         self._retry: list[int] | None = None  # the least and the most milliseconds
         if retry is not None:
@@ -1447,7 +1449,7 @@ class EventBouncer:
         If there can be no hub, OSError or RuntimeError is raised, and nothing has changed.
         """
         with self._lock:
-            used = self._hub() or _HubInUse(self.maxsize, self.heartbeat, self._heartbeat_wire)
+            used = self._hub() or _HubInUse(self)
             self._hub = weakref.ref(used)
         used.hub.start()
         with self._lock:
@@ -1878,7 +1880,7 @@ class _Body:
         # What is sent at once, so that a page's onopen fires. A line, not a block, of which several
         # client libraries would make an empty event.
         retry = self._bouncer._retry
-        self.opening = b"retry: %d\n" % random.randint(*retry) if retry else _HEARTBEAT
+        self.opening = b"retry: %d\n" % random.randint(*retry) if retry else _HEARTBEAT.wire
 
     def __iter__(self) -> Iterator[bytes]:
         try:
@@ -1888,10 +1890,10 @@ class _Body:
             self._is_detached = has_begun and self.connection.detach(self)
             if self._is_detached:
                 return
-            for wire in self.served():
+            for frame in self.frames():
                 # Or a client that stops reading would hold this thread for ever.
-                self.connection.set_timeout(_STALL_TIME * (1 + len(wire) // _SEND_BUFFER))
-                yield wire
+                self.connection.set_timeout(_STALL_TIME * (1 + len(frame.wire) // _SEND_BUFFER))
+                yield frame.wire
         except BaseException:  # now: the traceback holds the body, so __del__ would come late
             self.close()
             raise
@@ -1911,16 +1913,16 @@ class _Body:
         has_request = self._environ.get("werkzeug.request") is not None
         return has_request and _environ() is self._environ
 
-    def served(self) -> Iterator[bytes]:
+    def frames(self) -> Iterator[Frame]:
         """Yield what goes through the server, after the opening."""
         if self._is_in_view():
             raise RuntimeError("a stream has no end: leave its body to the server")
         self._subscription._begin()
         while True:
             try:
-                yield self._subscription.get(timeout=self._bouncer.heartbeat).wire
+                yield self._subscription.get(timeout=self._bouncer.heartbeat)
             except queue.Empty:
-                yield self._bouncer._heartbeat_wire
+                yield self._bouncer._heartbeat_frame
             except Ended:
                 if self._subscription.ended in _MEANT_ENDS or not self.connection.blocks:
                     return
@@ -1987,9 +1989,6 @@ class _GeneratorBody(_Body):
                 raise
             logger.exception("a generator failed; its stream is cut off")
             raise Ended(errno.EPIPE, "its generator has failed") from error
-
-    def served(self) -> Iterator[bytes]:
-        return (frame.wire for frame in self.frames())
 
     def attach(self, stream: _Stream) -> None:
         if len(_running) >= _MAX_GENERATORS:
