@@ -104,12 +104,17 @@ def _start_thread(run: Callable[[], None], name: str) -> None:
 
     RuntimeError if there can be no more threads.
     """
+
+    def target() -> None:
+        with contextlib.suppress(SystemExit):  # gevent would raise it in the main greenlet
+            run()
+
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("threading"):
         # Not by threading.Thread: its greenlet would fail when a forked child kills it.
-        _greenlets.add(sys.modules["gevent"].spawn(run))
+        _greenlets.add(sys.modules["gevent"].spawn(target))
     else:
-        threading.Thread(target=run, name=name, daemon=True).start()
+        threading.Thread(target=target, name=name, daemon=True).start()
 
 
 class _OwnThread(abc.ABC):
@@ -440,7 +445,7 @@ class RedisRelay:
         is_redis_py = type(client).__module__.startswith("redis.")
         is_old = is_redis_py and sys.modules["redis"].VERSION < (4, 4)
         is_async = hasattr(client, "__aenter__")
-        if not hasattr(client, "eval") or is_async or is_old:
+        if not hasattr(client, "get_connection_kwargs") or is_async or is_old:
             expected = "redis-py's from 4.4 on, but not the one for asyncio"
             raise TypeError(_wrong("client", expected, client, "use RedisRelay.from_url(...)"))
         self.key = _check_text("key", key)
@@ -903,11 +908,11 @@ _send_to_all = _sender()
 # A broadcast waits this long, in all, for readers whose queues are full. Without the wait, a loop
 # of broadcasts would drop readers that could keep up, because they get no chance to run.
 _GRACE = 0.05
-_LOOKS = 10  # into which the wait is divided
 _LONGEST_WAIT = 1.0  # seconds after which a reader that waits looks again
 _RELAY_WAIT = 1.0  # seconds that a subscriber waits for the relay
 _READ_TIMEOUT = 2.0  # seconds that the relay waits for an event; redis-py gives up after 5
-_READ_PAUSE = 0.25  # seconds, at most, before a relay that is away, or does not wait, is read again
+_READ_PAUSE = 0.05  # seconds, at most, before a relay whose read does not wait is read again
+_AWAY_PAUSE = 0.25  # the same, if it is away
 _MEANT_ENDS = ("unsubscribed", "disconnected", "finished")
 # Shared by all detached subscriptions, and never filled: an empty deque each would take 624 bytes.
 _NO_FRAMES: deque[Frame] = deque(maxlen=0)
@@ -1138,7 +1143,8 @@ class EventBouncer:
     detach: bool = True
 
     def __post_init__(self) -> None:
-        self._given = dict(vars(self))  # the parameters; from here on they are read-only
+        # The parameters. From here on they are read-only.
+        self._given = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         _check_integer("maxsize", self.maxsize, 1)
         _check_integer("history", self.history, 0)
         if self.max_subscribers is not None:
@@ -1533,12 +1539,13 @@ class EventBouncer:
     def _wait_for_slow_readers(self, channel: str | None) -> None:  # called with the lock held
         # Wait for one full queue after the other. A wait ends when that queue is empty, not just
         # below its bound, so a loop of broadcasts waits once every maxsize frames. Then a new look
-        # finds the readers that are still full. Another publisher may refill a queue in between, so
-        # only a wait that times out uses up one of the looks.
-        looks = _LOOKS
-        while looks and (late := [r for r in self._audience(channel) if r._may_catch_up()]):
-            if not late[0]._wait(_GRACE / _LOOKS):
-                looks -= 1
+        # finds the readers that are still full: others, or one that another publisher has refilled.
+        until = time.monotonic() + _GRACE
+        while late := [r for r in self._audience(channel) if r._may_catch_up()]:
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            late[0]._wait(left)
 
     def _disconnect(self, channels: Set[str | None]) -> None:
         for subscription in self.subscribers:
@@ -1661,6 +1668,7 @@ class _RelayReader(_OwnThread):
                 else:
                     found = self._relay.read(_id_text(position), _READ_TIMEOUT)
                 entries = [_parse_entry(entry) for entry in found]
+                entries = [entry for entry in entries if entry[0].id != _UNKNOWN_ID]
             except Exception as error:
                 if not self._is_away:
                     logger.warning("the relay cannot be read; trying until it can: %r", error)
@@ -1671,8 +1679,9 @@ class _RelayReader(_OwnThread):
                     self._take(bouncer, entries)
             self._has_tried.set()
             # Pause if nothing was read and the call came back early: it failed, or does not wait.
-            if self._position == position and time.monotonic() < began + _READ_PAUSE:
-                time.sleep(_READ_PAUSE * random.uniform(0.5, 1))
+            pause = _AWAY_PAUSE if self._is_away else _READ_PAUSE
+            if self._position == position and time.monotonic() < began + pause:
+                time.sleep(pause * random.uniform(0.5, 1))
 
     def _take(self, bouncer: EventBouncer, entries: list[tuple[_Event, _Id]]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
@@ -1707,15 +1716,16 @@ def _parse_entry(entry: _Entry) -> tuple[_Event, _Id]:
     """Return the event of a relay's entry, and the id of the one before.
 
     If it is not one that ``publish`` made, there is a line in the log, and the event, which ends
-    the streams of no channel, is without effect. ValueError if the entry has no id.
+    the streams of no channel, is without effect.
     """
-    id_text, after_text, channel, text = entry
-    id, after = _parse_id(id_text), _parse_id(after_text)
-    if id == _UNKNOWN_ID:
-        raise ValueError(_wrong("id", "<digits>-<digits>", entry, "see Relay"))
+    id = _UNKNOWN_ID
     try:
-        if after == _UNKNOWN_ID:
-            raise ValueError(_wrong("after", "<digits>-<digits>", after_text, "use publish()"))
+        id_text, after_text, channel, text = entry
+        id, after = _parse_id(id_text), _parse_id(after_text)
+        if _UNKNOWN_ID in (id, after):
+            raise ValueError(_wrong("id, after", "<digits>-<digits>", entry[:2], "use publish()"))
+        if channel is not None:
+            _check_channel(channel)
         frame = None if text is None else _with_id(Frame(text), id_text)
     except (TypeError, ValueError) as error:
         logger.warning("skipped an entry of the relay that is not an event: %s", error)
@@ -1815,6 +1825,8 @@ def _stream_response(
         raise ValueError(_wrong("last_event_id", "an id beside a snapshot", last, "leave it out"))
     if request.environ.get("wsgi.multiprocess") and bouncer.relay is None:
         _warn_once("of several processes each reaches its own subscribers only; use a RedisRelay")
+    if request.method == "HEAD":
+        return _respond(iter(()))  # a tuple would get a Content-Length
     # A client that comes back knows best. The query parameter is event-source-polyfill's. Only the
     # view may ask for everything that is kept.
     returning = request.headers.get("Last-Event-ID") or request.args.get("lastEventId")
@@ -1833,7 +1845,7 @@ def _stream_response(
             bouncer._add_snapshot(subscription, snapshot(), newest)
         return sse_response(subscription)
     except BaseException:
-        subscription._on_close = None  # there was no stream
+        subscription._on_close = None  # there was no stream, so nobody is told of its end
         bouncer.unsubscribe(subscription)
         raise
 
@@ -1853,7 +1865,9 @@ def _respond(body: Iterable[bytes]) -> Response:
     response_class = current_app.response_class if has_app_context() else Response
     # Or eventlet would hold back what is shorter than 32 KiB.
     _environ().setdefault("eventlet.minimum_write_chunk_size", 0)
-    return response_class(body, headers=_HEADERS)
+    response: Response = response_class(body)
+    response.headers.update(_HEADERS)  # the class may have set some of its own
+    return response
 
 
 def _environ() -> dict[str, Any]:
@@ -2202,16 +2216,14 @@ def _head_and_framing(written: bytes, opening: bytes, is_http_1_0: bool) -> tupl
     RuntimeError if the server wrote something else than a 200 and the opening.
     """
     head, _, body = written.partition(b"\r\n\r\n")
-    is_chunked = _CHUNKED.search(head) is not None
+    framing: _Framing = _as_chunk if _CHUNKED.search(head) else bytes  # bytes(wire) is wire
     # Some servers write a chunk's size in capitals.
-    is_body = body.lower() == (_as_chunk(opening) if is_chunked else opening)
-    if not is_body or not _SUCCESS.match(head) or _CHANGES_BODY.search(head):
-        what = f"{head!r:.40} and {body!r:.40} instead of a 200 and its opening"
-        raise RuntimeError(f"its server or middleware sent {what}")
-    if is_chunked and is_http_1_0:  # the development server's mistake: that client knows no chunks
-        head, body, is_chunked = _CHUNKED.sub(b"", head), opening, False
+    if body.lower() != framing(opening) or not _SUCCESS.match(head) or _CHANGES_BODY.search(head):
+        raise RuntimeError(f"instead of a 200 and its opening there was {head!r:.40}")
+    if is_http_1_0:  # that client knows no chunks; the development server sends some by mistake
+        head, body, framing = _CHUNKED.sub(b"", head), opening, bytes
     head = _CONNECTION_HEADER.sub(b"", head) + b"\r\nConnection: close"
-    return head + b"\r\n\r\n" + body, _as_chunk if is_chunked else bytes  # bytes(wire) is wire
+    return head + b"\r\n\r\n" + body, framing
 
 
 def _as_chunk(wire: bytes) -> bytes:

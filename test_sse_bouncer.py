@@ -917,7 +917,7 @@ async def generate_async() -> AsyncIterator[str]:
     yield "a"
 
 
-FRAME, CLIENT = format_sse("x"), type("Client", (), {"eval": None})
+FRAME, CLIENT = format_sse("x"), type("Client", (), {"get_connection_kwargs": None})
 # A bouncer with a history takes no ids that are not its own: clients come back with them.
 OWN_IDS = [format_sse("x", id="7"), Frame("id\ndata: x\n\n"), Frame("data: x\r\nid:7\r\n\r\n")]
 NUMBERS = [0, -1, math.nan, math.inf, 86_401, 1e9]
@@ -1229,10 +1229,12 @@ def test_redis_is_not_waited_for_because_of_forged_ids(
     redis.go_on()
 
 
-@pytest.mark.parametrize("recent", [[], [()]], ids=["nothing", "what is no entry"])
-def test_relay_that_returns_at_once_is_read_on_but_not_all_the_time(recent: Any) -> None:
-    relay = Quiet(recent)
-    with EventBouncer(relay=relay).subscribe() as subscription, pytest.raises(queue.Empty):
+@pytest.mark.parametrize("wrong", [[], [(), ("no id", "0-0", None, None)]], ids=["no", "some"])
+def test_relay_that_returns_at_once_is_read_on_but_not_all_the_time(wrong: Any) -> None:
+    relay = Quiet([*wrong, ("1-0", "0-0", None, "data: a\n\n")])
+    bouncer = EventBouncer(history=9, relay=relay)
+    assert "1-0" == bouncer.latest_id()
+    with bouncer.subscribe() as subscription, pytest.raises(queue.Empty):
         relay.clear()
         while True:
             subscription.get(timeout=0.5)
@@ -2158,8 +2160,8 @@ def test_response_closes_its_source(method: str, items: int) -> None:
 
 
 def test_response_to_head_has_the_headers_of_a_get() -> None:
-    client = app_of(EventBouncer().stream).test_client()
-    with client.get("/") as response:
+    client = app_of(EventBouncer(max_subscribers=1).stream).test_client()
+    with client.get("/") as response:  # by now a HEAD that subscribes would be refused
         assert response.headers == client.head("/").headers
 
 
@@ -2170,12 +2172,10 @@ def test_response_is_not_refused_where_descriptors_have_no_limit(monkeypatch: An
     assert 0 == bouncer.stats()["refused"]
 
 
-def test_response_is_not_held_back_by_eventlet() -> None:
-    """It would wait for 32 KiB."""
-    app = app_of(lambda: sse_response(["x"]))
-    with app.test_request_context():
-        app.dispatch_request()
-        assert 0 == flask.request.environ["eventlet.minimum_write_chunk_size"]
+def test_response_is_not_held_back_by_eventlet_until_there_are_32_kib() -> None:
+    with app_of(lambda: sse_response(["x"])).test_request_context() as context:
+        context.app.dispatch_request()
+        assert 0 == context.request.environ["eventlet.minimum_write_chunk_size"]
 
 
 def test_response_snapshot_is_first_and_nothing_of_meanwhile_is_lost(server: Server) -> None:
