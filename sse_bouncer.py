@@ -908,6 +908,7 @@ _send_to_all = _sender()
 # A broadcast waits this long, in all, for readers whose queues are full. Without the wait, a loop
 # of broadcasts would drop readers that could keep up, because they get no chance to run.
 _GRACE = 0.05
+_LOOKS = 10  # into which the wait is divided
 _LONGEST_WAIT = 1.0  # seconds after which a reader that waits looks again
 _RELAY_WAIT = 1.0  # seconds that a subscriber waits for the relay
 _READ_TIMEOUT = 2.0  # seconds that the relay waits for an event; redis-py gives up after 5
@@ -1001,7 +1002,7 @@ class Subscription:
                 if left <= 0:
                     raise queue.Empty
                 # In turns, as a signal handler that closes right before the wait wakes nobody.
-                self._wait(min(left, _LONGEST_WAIT))
+                self._condition().wait(min(left, _LONGEST_WAIT))
 
     def get_nowait(self) -> Frame:
         return self.get(block=False)
@@ -1072,10 +1073,15 @@ class Subscription:
             self._notify()
         return frame
 
-    def _wait(self, seconds: float) -> bool:
-        """Return whether it was notified in time."""
+    def _condition(self) -> threading.Condition:
         self._changed = self._changed or threading.Condition(self._bouncer._lock)
-        return self._changed.wait(seconds)
+        return self._changed
+
+    def _has_been_empty(self, since: float | None, until: float) -> bool:
+        """Wait, until then, for it to have been empty since then, or to have ended."""
+        return self._condition().wait_for(
+            lambda: self._late_since != since or self.ended is not None, until - time.monotonic()
+        )
 
     def _notify(self) -> None:
         if self._changed is not None:
@@ -1537,15 +1543,15 @@ class EventBouncer:
         return [r for r in readers if channel is None or channel in r.channels]
 
     def _wait_for_slow_readers(self, channel: str | None) -> None:  # called with the lock held
-        # Wait for one full queue after the other. A wait ends when that queue is empty, not just
-        # below its bound, so a loop of broadcasts waits once every maxsize frames. Then a new look
-        # finds the readers that are still full: others, or one that another publisher has refilled.
-        until = time.monotonic() + _GRACE
-        while late := [r for r in self._audience(channel) if r._may_catch_up()]:
-            left = until - time.monotonic()
-            if left <= 0:
-                return
-            late[0]._wait(left)
+        # Wait until each full queue has been empty once, not just until it is below its bound: then
+        # a loop of broadcasts waits once every maxsize frames. Another publisher may refill a queue
+        # in between, so only a look in which the time is up counts.
+        looks = _LOOKS
+        while looks and (late := [r for r in self._audience(channel) if r._may_catch_up()]):
+            marked = [(reader, reader._late_since) for reader in late]
+            until = time.monotonic() + _GRACE / _LOOKS
+            if not all(reader._has_been_empty(since, until) for reader, since in marked):
+                looks -= 1
 
     def _disconnect(self, channels: Set[str | None]) -> None:
         for subscription in self.subscribers:
