@@ -1077,8 +1077,11 @@ class Subscription:
         self._changed = self._changed or threading.Condition(self._bouncer._lock)
         return self._changed
 
-    def _has_been_empty(self, since: float | None, until: float) -> bool:
-        """Wait, until then, for it to have been empty since then, or to have ended."""
+    def _wait_until_empty(self, since: float | None, until: float) -> bool:
+        """Wait until it has been empty once, or has ended. Return whether that was in time.
+
+        ``since`` is what its `_late_since` was: it has another value if it has been empty.
+        """
         return self._condition().wait_for(
             lambda: self._late_since != since or self.ended is not None, until - time.monotonic()
         )
@@ -1550,7 +1553,7 @@ class EventBouncer:
         while looks and (late := [r for r in self._audience(channel) if r._may_catch_up()]):
             marked = [(reader, reader._late_since) for reader in late]
             until = time.monotonic() + _GRACE / _LOOKS
-            if not all(reader._has_been_empty(since, until) for reader, since in marked):
+            if not all(reader._wait_until_empty(since, until) for reader, since in marked):
                 looks -= 1
 
     def _disconnect(self, channels: Set[str | None]) -> None:
@@ -1674,6 +1677,7 @@ class _RelayReader(_OwnThread):
                 else:
                     found = self._relay.read(_id_text(position), _READ_TIMEOUT)
                 entries = [_parse_entry(entry) for entry in found]
+                # Without an id there is no place to read on from.
                 entries = [entry for entry in entries if entry[0].id != _UNKNOWN_ID]
             except Exception as error:
                 if not self._is_away:
@@ -1722,7 +1726,7 @@ def _parse_entry(entry: _Entry) -> tuple[_Event, _Id]:
     """Return the event of a relay's entry, and the id of the one before.
 
     If it is not one that ``publish`` made, there is a line in the log, and the event, which ends
-    the streams of no channel, is without effect.
+    the streams of no channel, is without effect: it only carries its id, if it has one.
     """
     id = _UNKNOWN_ID
     try:
