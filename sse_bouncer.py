@@ -20,8 +20,8 @@ Four words are used throughout. A *reader* is a subscription from which code tak
 ``get()``. A *detached* stream is a client's connection that was taken over from the server: the hub
 sends to it, and no worker and no thread waits for it. Any other stream goes *through the server*,
 which reads frames and holds a worker or a thread. A *gap* is the event that tells a client that it
-has missed something for good. The *relay's reader* is no such reader: it is the thread that reads
-the relay.
+may have missed something for good. The *relay's reader* is no such reader: it is the thread that
+reads the relay.
 
 Everything public may be called from any thread or greenlet, and `EventBouncer.close` from a signal
 handler. A finaliser may unsubscribe, but what it broadcasts in the middle of a broadcast may come
@@ -960,7 +960,7 @@ class Subscription:
     # When a broadcast found it full; None once it has been empty. Before its server begins to send
     # it, the distant past, so that no publisher waits for it.
     _late_since: float | None = None
-    gap: bool = False  #: Whether something it asked for is no longer kept; see `subscribe`.
+    gap: bool = False  #: Whether it gets a ``gap`` first; see `EventBouncer.subscribe`.
     ended: str | None = None  #: Why it has ended; None while it is live.
     _frames: deque[Frame] = dataclasses.field(default_factory=deque)
     # Its reader waits for a frame, and publishers until it is empty. _put, _take and _mark_ended
@@ -1262,9 +1262,9 @@ class EventBouncer:
 
         :param channels: Names, none of them empty. Who may read which is for the route to decide.
         :param last_event_id: The id that the client saw last. Then what it has missed since comes
-            first. If the history no longer has everything that it missed, for example after a
-            restart, it first gets an event named ``gap``, at which a page loads its state again,
-            and then everything that is left. ``"earliest"`` asks for everything that is kept. None,
+            first. If nobody knows whether the history has all of that, for example after a restart,
+            it first gets an event named ``gap``, at which a page loads its state again, and then
+            everything that is kept. ``"earliest"`` asks for everything that is kept. None,
             the default, and ``""`` begin with what is broadcast from now on.
         :raises Refused: if there are ``max_subscribers`` already, or after `close`.
         """
@@ -1437,7 +1437,7 @@ class EventBouncer:
                 if not (subscription.gap and wants_snapshot):
                     subscription._put_first(missed)
         if subscription.gap:
-            logger.debug("a client of %s has missed something for good", subscription.channels)
+            logger.debug("a client of %s may have missed something for good", subscription.channels)
 
     def _refused(self, expected: str, given: str) -> Refused:
         with self._lock:
@@ -1628,40 +1628,21 @@ class _RelayReader(_OwnThread):
         self._position = _UNKNOWN_ID  # the id of the entry that was read last; less than any id
         self._has_read = threading.Condition()  # _take() notifies it of a new position
         self._is_away = False  # it has failed, and has not been read since
-        self._asking = threading.Lock()  # held while the relay is asked, so one query at a time
 
     def wait_for(self, id: _Id) -> None:
-        """Wait until the relay has been tried, and the entry of this id has been read.
+        """Wait, for a second each, until the relay has been tried, and this entry has been read.
 
         An id is a stranger's text, so nobody waits for one that the relay does not have. If the
-        relay hangs, this takes a second, and nobody asks again until it has been read. The query
-        has a thread of its own, because with a client that has no timeout it would never return.
+        relay hangs, asking it takes as long as its client lets it, as publishing does.
         """
         if not self._has_tried.wait(_RELAY_WAIT):
             self._has_tried.set()  # so that all wait a second together, and nobody later
         # Before the first read there is nothing to compare with, and later mostly no need to wait.
         if self._is_away or not _UNKNOWN_ID < self._position < id:
             return
-        if not self._asking.acquire(timeout=_RELAY_WAIT):
-            self._is_away = True  # so that a query that hangs makes others wait only once
-            return
         newest: list[_Entry] = []
-        has_answered = threading.Event()
-
-        def ask() -> None:
-            with contextlib.suppress(Exception):  # it is away, as the reader will find
-                newest.extend(self._relay.recent(1))
-            has_answered.set()
-            self._asking.release()
-
-        try:
-            _start_thread(ask, "sse_bouncer relay query")
-        except RuntimeError:  # there can be no more threads
-            self._asking.release()
-            return
-        if not has_answered.wait(_RELAY_WAIT):
-            logger.warning("the relay does not answer; trying until it does")
-            self._is_away = True
+        with contextlib.suppress(Exception):  # it is away, as the reader will find
+            newest = self._relay.recent(1)
         if any(_parse_id(entry[0]) >= id for entry in newest):
             with self._has_read:
                 self._has_read.wait_for(lambda: self._position >= id, _RELAY_WAIT)
