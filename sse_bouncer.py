@@ -104,17 +104,12 @@ def _start_thread(run: Callable[[], None], name: str) -> None:
 
     RuntimeError if there can be no more threads.
     """
-
-    def target() -> None:
-        with contextlib.suppress(SystemExit):  # gevent would raise it in the main greenlet
-            run()
-
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("threading"):
         # Not by threading.Thread: its greenlet would fail when a forked child kills it.
-        _greenlets.add(sys.modules["gevent"].spawn(target))
+        _greenlets.add(sys.modules["gevent"].spawn(run))
     else:
-        threading.Thread(target=target, name=name, daemon=True).start()
+        threading.Thread(target=run, name=name, daemon=True).start()
 
 
 class _OwnThread(abc.ABC):
@@ -2027,7 +2022,9 @@ class _GeneratorBody(_Body):
                 why = "finished"
             finally:  # also if it raises SystemExit
                 self.release(why)
-        except Ended:  # it has failed, or a subscription that it reads has ended
+        # Ended: it has failed, or a subscription that it reads has ended. A SystemExit is for this
+        # thread alone, but gevent would raise it in the main greenlet.
+        except (Ended, SystemExit):
             pass
         except Exception:
             logger.exception("a generator failed, or could not be closed")

@@ -185,9 +185,10 @@ def generate(bouncer: EventBouncer) -> flask.Response:
 
 
 def generate_and_fail(bouncer: EventBouncer) -> flask.Response:
-    """Yield some items, and fail by a connection of one's own, not the client's."""
+    """Yield some items, and fail by a connection of one's own, not the client's, or exit."""
     ports = [0] * int(flask.request.args["items"]) + [1]
-    items = (socket.create_connection(("127.0.0.1", port)) if port else "x" for port in ports)
+    fail: Any = sys.exit if "exit" in flask.request.args else socket.create_connection
+    items = (fail(("127.0.0.1", port)) if port else "x" for port in ports)
     return sse_response(items, detach=bouncer.detach)
 
 
@@ -2227,6 +2228,15 @@ def test_response_of_a_generator_that_fails_later_is_cut_off(server: Server, det
     with pytest.raises(AssertionError, match="ConnectionRefusedError"):
         server.clear()
     assert before + 1 == server.log().count("RefusedError: ")
+
+
+@on("gthread", "gevent", "pywsgi")
+def test_response_of_a_generator_that_exits_ends_its_thread_alone(server: Server) -> None:
+    bouncer, query = Remote(server), {"items": 1, "exit": 1}
+    other = bouncer.client()
+    assert ["x"] == bouncer.request(view=generate_and_fail, query=query).wait_end()
+    bouncer.broadcast("hi")
+    assert ["hi"] == other.datas(1)
 
 
 def test_response_that_a_hook_reads_is_an_error_and_no_hang() -> None:
