@@ -72,15 +72,15 @@ __all__ += ["Frame", "format_sse", "sse_response"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_WARNINGS = 1_000  # different ones: some show what a client sent, so there could be any number
+_PATIENCE = 1.0  # seconds that what is late is waited for: a client, a reader, a relay, an exit
 _warned: set[str] = set()
 
 
-def _warn_once(message: str, example: object = "") -> None:
-    """Log a warning, unless the same one has been logged in this process, whatever the example."""
-    if message not in _warned and len(_warned) < _MOST_WARNINGS:
-        _warned.add(message)
-        logger.warning("%s%.80s", message, example)
+def _warn_once(message: str) -> None:
+    """Log a warning, unless the same one has been logged in this process."""
+    if message not in _warned:
+        _warned.add(message)  # first: what handles the log may broadcast, and come here again
+        logger.warning(message)
 
 
 def _wrong(name: str, expected: str, given: object, advice: str) -> str:
@@ -261,8 +261,7 @@ def _data_text(data: object, dumps: Callable[[object], str | bytes]) -> str:
         if text.endswith("\n\n") and _FRAMED_BY_HAND.match(text):
             _warn_once(
                 "data that looks like a frame is sent as data, so clients get its field names too; "
-                "give the bare data, or Frame(text): ",
-                repr(text),
+                "give the bare data, or Frame(text)"
             )
         return text
     try:
@@ -499,10 +498,9 @@ class RedisRelay:
 
 _SEND_BUFFER = 64 * 1024  # bytes that a connection holds in the kernel; its default is megabytes
 _BACKLOG = 64 * 1024  # bytes of frames that may wait for the hub before publishers do
-# How many frames beyond its limit a detached stream may hold, for at most _MAX_LAG; and how many
+# How many frames beyond its limit a detached stream may hold, for at most _PATIENCE; and how many
 # frames beyond maxsize a subscription may hold until its server begins to send.
 _BURST = 1_000
-_MAX_LAG = 1.0  # seconds for a stream, or a reader, to catch up before it is dropped
 # Seconds for an ended stream to make progress, and then for its client to close: a socket that is
 # closed with unread input is reset, and what is under way gets lost.
 _LINGER = 5.0
@@ -513,7 +511,6 @@ _BATCH = 128  # streams that are sent to before other threads and greenlets may 
 _POLL_INTERVAL = 0.001  # seconds between looks of a thread that waits for the hub
 _GATHER_PAUSE = 0.0005  # seconds without a new message after which the hub waits for no more
 _ERROR_PAUSE = 0.05  # seconds after an unexpected error, so that it does not fill the log
-_EXIT_TIME = 1.0  # seconds that a process which ends gives its hubs and callbacks
 
 _Framing = Callable[[bytes], bytes]  # what to send for a frame; for b"", what ends the body
 
@@ -604,7 +601,7 @@ class _Hub(_OwnThread):
         """
         if threading.get_ident() == self._thread:  # a finaliser that broadcasts would wait in vain
             return
-        until = time.monotonic() + _MAX_LAG
+        until = time.monotonic() + _PATIENCE
         while len(self._mailbox) > _BACKLOG // size and time.monotonic() < until:
             time.sleep(_POLL_INTERVAL)
 
@@ -777,7 +774,7 @@ class _Hub(_OwnThread):
         if over > _BURST:
             stream.owner._end("dropped")
         elif over > 0:
-            self._deadlines.setdefault(stream, time.monotonic() + _MAX_LAG)
+            self._deadlines.setdefault(stream, time.monotonic() + _PATIENCE)
 
     def _serve(self, stream: _Stream, events: int) -> None:
         if events & selectors.EVENT_READ:
@@ -904,11 +901,8 @@ _send_to_all = _sender()
 # of broadcasts would drop readers that could keep up, because they get no chance to run.
 _GRACE = 0.05
 _LOOKS = 10  # into which the wait is divided
-_LONGEST_WAIT = 1.0  # seconds after which a reader that waits looks again
-_RELAY_WAIT = 1.0  # seconds that a subscriber waits for the relay
 _READ_TIMEOUT = 2.0  # seconds that the relay waits for an event; redis-py gives up after 5
-_READ_PAUSE = 0.05  # seconds, at most, before a relay whose read does not wait is read again
-_AWAY_PAUSE = 0.25  # the same, if it is away
+_READ_PAUSE = 0.05  # seconds before a relay whose read fails, or does not wait, is read again
 _MEANT_ENDS = ("unsubscribed", "disconnected", "finished")
 # Shared by all detached subscriptions, and never filled: an empty deque each would take 624 bytes.
 _NO_FRAMES: deque[Frame] = deque(maxlen=0)
@@ -997,7 +991,7 @@ class Subscription:
                 if left <= 0:
                     raise queue.Empty
                 # In turns, as a signal handler that closes right before the wait wakes nobody.
-                self._condition().wait(min(left, _LONGEST_WAIT))
+                self._condition().wait(min(left, _PATIENCE))
 
     def get_nowait(self) -> Frame:
         return self.get(block=False)
@@ -1086,11 +1080,11 @@ class Subscription:
             self._changed.notify_all()
 
     def _may_catch_up(self) -> bool:
-        """Return whether it is full, and has been for less than _MAX_LAG: publishers wait."""
+        """Return whether it is full, and has been for less than _PATIENCE: publishers wait."""
         if not self.full():
             return False
         self._late_since = self._late_since or time.monotonic()
-        return time.monotonic() < self._late_since + _MAX_LAG
+        return time.monotonic() < self._late_since + _PATIENCE
 
     def _detach(self, stream: _Stream) -> list[bytes]:
         """Become a stream of the hub. Return the frames that it held."""
@@ -1630,7 +1624,7 @@ class _RelayReader(_OwnThread):
         An id is a stranger's text, so nobody waits for one that the relay does not have. If the
         relay hangs, asking it takes as long as its client lets it, as publishing does.
         """
-        if not self._has_tried.wait(_RELAY_WAIT):
+        if not self._has_tried.wait(_PATIENCE):
             self._has_tried.set()  # so that all wait a second together, and nobody later
         # Before the first read there is nothing to compare with, and later mostly no need to wait.
         if self._is_away or not _UNKNOWN_ID < self._position < id:
@@ -1640,7 +1634,7 @@ class _RelayReader(_OwnThread):
             newest = self._relay.recent(1)
         if any(_parse_id(entry[0]) >= id for entry in newest):
             with self._has_read:
-                self._has_read.wait_for(lambda: self._position >= id, _RELAY_WAIT)
+                self._has_read.wait_for(lambda: self._position >= id, _PATIENCE)
 
     def _run(self) -> None:
         while (bouncer := self._bouncer()) is not None and bouncer._is_read_by(self):
@@ -1665,9 +1659,8 @@ class _RelayReader(_OwnThread):
                     self._take(bouncer, entries)
             self._has_tried.set()
             # Pause if nothing was read and the call came back early: it failed, or does not wait.
-            pause = _AWAY_PAUSE if self._is_away else _READ_PAUSE
-            if self._position == position and time.monotonic() < began + pause:
-                time.sleep(pause * random.uniform(0.5, 1))
+            if self._position == position and time.monotonic() < began + _READ_PAUSE:
+                time.sleep(_READ_PAUSE)
 
     def _take(self, bouncer: EventBouncer, entries: list[tuple[_Event, _Id]]) -> None:
         """Deliver what was read. An error in here is ours, and not the relay's."""
@@ -1746,7 +1739,6 @@ _CONNECTION_HEADER = re.compile(rb"\r\nconnection:[^\r\n]*", re.IGNORECASE)
 _UWSGI_OWN = re.compile("https-socket|ssl-socket|gevent|async")  # TLS, or loops, of uWSGI's own
 _HOLDS_WORKER = "a stream goes through the server and holds its worker: "
 _STAND_IN_BUFFER = 1024 * 1024  # bytes of a response's head; the system may allow less
-_HEAD_TIME = 1.0  # seconds after which a head that does not fit into that buffer is given up
 _STALL_TIME = 30.0  # seconds in which a client has to take 64 KiB from a server
 _SELECT_LIMIT = 1_024  # descriptors that select() can wait for
 _REFUSED_RETRY = (5_000, 15_000)  # milliseconds after which refused clients come back, at least
@@ -2034,13 +2026,12 @@ class _GeneratorBody(_Body):
     def _wait_for_client(self, size: int) -> None:
         """Wait until at most 16 frames, or 64 KiB of frames of this size, are left to send."""
         most = min(_MOST_PENDING, _BACKLOG // size)
-        until = time.monotonic() + _STALL_TIME * (1 + size // _SEND_BUFFER)
-        pause = _POLL_INTERVAL
+        began = time.monotonic()
         while self._subscription._behind() > most and self._subscription.ended is None:
-            if time.monotonic() > until:  # its client takes too little
+            waited = time.monotonic() - began
+            if waited > _STALL_TIME * (1 + size // _SEND_BUFFER):  # its client takes too little
                 _generators._remove(self._subscription, "dropped")
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_POLL)
+            time.sleep(min(_POLL_INTERVAL + waited, _LONGEST_POLL))
 
 
 class _Connection:
@@ -2116,7 +2107,7 @@ class _Connection:
         self._is_begun = True
         # So a head that is larger than the stand-in's buffer is an error. Without a timeout the
         # worker would wait for ever, as only the worker itself could read it.
-        self.set_timeout(_HEAD_TIME)
+        self.set_timeout(_PATIENCE)
         return True
 
     def detach(self, body: _Body) -> bool:
@@ -2268,7 +2259,7 @@ def _end_at_exit() -> None:
     for callbacks in list(_process.values()):
         # The last call of all. `_process` is empty when everything that was due has been called.
         callbacks.due.put(_process.clear)
-    limits = (_running, _GENERATOR_EXIT_TIME), (_hubs, _EXIT_TIME), (_process, _EXIT_TIME)
+    limits = (_running, _GENERATOR_EXIT_TIME), (_hubs, _PATIENCE), (_process, _PATIENCE)
     for running, seconds in limits:
         until = time.monotonic() + seconds
         while running and time.monotonic() < until:
