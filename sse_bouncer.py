@@ -504,9 +504,8 @@ _BURST = 1_000
 # Seconds for an ended stream to make progress, and then for its client to close: a socket that is
 # closed with unread input is reset, and what is under way gets lost.
 _LINGER = 5.0
-_MAX_INPUT = 64 * 1024  # bytes of a client's input that are ignored; one that sends more is cut off
-_MIN_HEARTBEAT = 0.001  # seconds
 _MAX_HEARTBEAT = 86_400.0  # seconds, a day: longer than proxies wait, and what a timer can take
+_MAX_READS = 10_000  # of input from a client, which is ignored; one that sends more is cut off
 _BATCH = 128  # streams that are sent to before other threads and greenlets may run
 _POLL_INTERVAL = 0.001  # seconds between looks of a thread that waits for the hub
 _GATHER_PAUSE = 0.0005  # seconds without a new message after which the hub waits for no more
@@ -521,13 +520,13 @@ class _Stream:
 
     descriptor: int  # -1 once it is closed
     framing: _Framing
-    input_left: int  # how many bytes of its client's input are ignored
     pending: deque[bytes | memoryview] | None  # framed; None if it is not behind
     channels: tuple[str, ...] = ()
     # Told by the hub when the stream ends. No bound method: that takes 64 bytes more.
     owner: Subscription = dataclasses.field(init=False)
     is_live: bool = False  # it gets what is sent
     limit: int = 0  # how many frames may be pending
+    reads_left: int = _MAX_READS
 
 
 class _Message(NamedTuple):
@@ -778,10 +777,10 @@ class _Hub(_OwnThread):
 
     def _serve(self, stream: _Stream, events: int) -> None:
         if events & selectors.EVENT_READ:
-            # A client that leaves reads as nothing, and so does one that shuts its half down.
-            received = len(os.read(stream.descriptor, _MAX_INPUT))
-            stream.input_left -= received
-            if not received or stream.input_left < 0:
+            # What a client sends is ignored: the rest of its request, perhaps. If it leaves, this
+            # reads nothing, also if it shuts only its half down.
+            stream.reads_left -= 1
+            if not os.read(stream.descriptor, _SEND_BUFFER) or not stream.reads_left:
                 self._close(stream)
         if events & selectors.EVENT_WRITE and stream.pending is not None:
             self._write_pending(stream)
@@ -1150,9 +1149,8 @@ class EventBouncer:
         seconds = self.heartbeat
         if not isinstance(seconds, int | float | None) or isinstance(seconds, bool):
             raise TypeError(_wrong("heartbeat", "seconds", seconds, "use None for never"))
-        if seconds is not None and not _MIN_HEARTBEAT <= seconds <= _MAX_HEARTBEAT:
-            expected = f"{_MIN_HEARTBEAT} to {_MAX_HEARTBEAT:,.0f}"
-            raise ValueError(_wrong("heartbeat", expected, seconds, "use None for never"))
+        if seconds is not None and not 0 < seconds <= _MAX_HEARTBEAT:
+            raise ValueError(_wrong("heartbeat", "86,400 at most", seconds, "use None for never"))
         if not isinstance(self.detach, bool):  # text from the environment, perhaps
             raise TypeError(_wrong("detach", "True or False", self.detach, "in JSON: true, false"))
         name = self.heartbeat_event
@@ -2052,15 +2050,9 @@ class _Connection:
     """
 
     def __init__(self, environ: dict[str, Any], detach: bool) -> None:
-        from werkzeug.wsgi import get_content_length
-
         self._socket, self._descriptor, self.blocks = _connection_of(environ)
         self.can_be_taken_over = detach and self._descriptor >= 0 and self._is_plain(environ)
         self._is_http_1_0 = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
-        # The request's own body may be unread still.
-        self._input_left = _MAX_INPUT + (get_content_length(environ) or 0)
-        if "HTTP_TRANSFER_ENCODING" in environ:  # a body of any length
-            self._input_left = sys.maxsize
         self._is_begun = False
 
     def _is_plain(self, environ: Mapping[str, Any]) -> bool:
@@ -2120,7 +2112,7 @@ class _Connection:
         descriptor = self._client.detach()  # first, so that it never has two owners
         try:
             head, framing = _head_and_framing(written, body.opening, self._is_http_1_0)
-            body.attach(_Stream(descriptor, framing, self._input_left, deque([head])))
+            body.attach(_Stream(descriptor, framing, deque([head])))
         # The server wrote something else; Refused; or there is no thread or descriptor for a hub.
         except (RuntimeError, OSError) as error:
             self._client = _socket_of(descriptor)
