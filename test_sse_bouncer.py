@@ -935,7 +935,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], list[Any], list[Any]]] = {
     "EventBouncer-maxsize": (EventBouncer, [0, -1], [True, None, 1.5]),
     "EventBouncer-history": (lambda v: EventBouncer(history=v), [-1], [True, None]),
     "EventBouncer-heartbeat": (lambda v: EventBouncer(heartbeat=v), NUMBERS, ["1", True]),
-    "heartbeat_event": (lambda v: EventBouncer(heartbeat_event=v), ["", "a\nb"], [5]),
+    "heartbeat-event": (lambda v: EventBouncer(heartbeat_event=v), ["a\nb"], [5]),
     "EventBouncer-retry": (lambda v: EventBouncer(retry=v), [-1, (2, 1), (1,)], [True, 1.5]),
     "max_subscribers": (lambda v: EventBouncer(max_subscribers=v), [0], [True]),
     "EventBouncer-relay": (lambda v: EventBouncer(relay=v), [], ["redis://localhost"]),
@@ -1401,8 +1401,6 @@ def test_subscription_is_the_reading_half_of_a_queue() -> None:
                 subscription.get(block, timeout)
     assert () == bouncer.subscribers
     assert [] == list(subscription)
-    with pytest.raises(ValueError, match="one of this bouncer"):
-        EventBouncer().unsubscribe(subscription)
 
 
 def test_fan_out_fuzz_does_what_a_small_model_does() -> None:
