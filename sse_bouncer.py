@@ -2044,20 +2044,13 @@ class _Connection:
 
     def __init__(self, environ: dict[str, Any], detach: bool) -> None:
         self._socket, self._descriptor, self.blocks = _connection_of(environ)
-        self.can_be_taken_over = detach and self._descriptor >= 0 and self._is_plain(environ)
+        is_tls = hasattr(self._socket, "getpeercert")  # whose bytes are the server's to make
+        is_forked = "werkzeug.socket" in environ and environ.get("wsgi.multiprocess")
+        if detach and is_forked:
+            _warn_once(f"{_HOLDS_WORKER}its server makes a process for each request")
+        self.can_be_taken_over = detach and self._descriptor >= 0 and not (is_tls or is_forked)
         self._is_http_1_0 = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
         self._is_begun = False
-
-    def _is_plain(self, environ: Mapping[str, Any]) -> bool:
-        if hasattr(self._socket, "getpeercert"):  # bytes for TLS go through the server
-            return False
-        if "werkzeug.socket" in environ and environ.get("wsgi.multiprocess"):
-            _warn_once(f"{_HOLDS_WORKER}its server makes a process for each request")
-            return False
-        if sys.platform == "win32":
-            _warn_once(f"{_HOLDS_WORKER}on Windows it has to")
-            return False
-        return True
 
     def _is_open(self) -> bool:
         """Return whether the server still has it. If not, another client may have its number."""
@@ -2086,7 +2079,7 @@ class _Connection:
                 os.dup2(stand_in.fileno(), self._descriptor, inheritable=False)
                 stand_in.close()
                 opened.pop_all()
-        except OSError as error:
+        except (OSError, AttributeError) as error:  # AttributeError: on Windows
             _warn_once(f"{_HOLDS_WORKER}{error}")
             return False
         self._is_begun = True
