@@ -1357,6 +1357,18 @@ def test_fan_out_all_see_one_order_and_a_burst_drops_nobody(publishers: int) -> 
     assert 0 == bouncer.stats()["dropped"]
 
 
+def test_fan_out_burst_beside_busy_threads_drops_nobody() -> None:
+    """By the clock, a reader's time would be up before it gets a chance to run."""
+    bouncer, has_ended = EventBouncer(maxsize=16), threading.Event()
+    for _ in range(8):
+        Task(lambda: any(iter(has_ended.is_set, True)))
+    reader = Task(datas, bouncer.subscribe())
+    broadcast(bouncer, range(100), {})
+    has_ended.set()
+    bouncer.close()
+    assert 100 == len(reader.result())
+
+
 def test_fan_out_a_reader_that_never_catches_up_is_dropped_in_the_end() -> None:
     """One that makes room each time, but no more than that, would slow publishers down for ever."""
     bouncer = EventBouncer(maxsize=2)
@@ -2100,9 +2112,7 @@ def test_response_refused_is_told_to_come_back(retry: Any) -> None:
     assert 20 == bouncer.stats()["refused"]
 
 
-@pytest.mark.parametrize(
-    ("header", "query", "argument"), [(1, 2, 3), (0, 2, 3), (0, 0, 3), (3, 0, 1)]
-)
+@pytest.mark.parametrize("header, query, argument", [(1, 2, 3), (0, 2, 3), (0, 0, 3), (3, 0, 1)])
 def test_response_begins_after(header: int, query: int, argument: int) -> None:
     """The browser's own id, else event-source-polyfill's, else the page's. 0 stands for none."""
     bouncer = EventBouncer(history=9)
