@@ -71,15 +71,15 @@ __all__ += ["Frame", "format_sse", "sse_response"]
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 1.0  # seconds that what is late is waited for: a client, a reader, a relay, an exit
+_PATIENCE = 1.0  # seconds to wait for what is late: a client, a reader, the relay, the exit
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
-    """Log a warning, unless the same one has been logged in this process."""
+def _warn_once(message: str, example: str = "") -> None:
+    """Log a warning, unless the same one has been logged in this process, whatever the example."""
     if message not in _warned:
         _warned.add(message)  # first: what handles the log may broadcast, and come here again
-        logger.warning(message)
+        logger.warning("%s%.80s", message, example)
 
 
 def _wrong(name: str, expected: str, given: object, advice: str) -> str:
@@ -260,7 +260,8 @@ def _data_text(data: object, dumps: Callable[[object], str | bytes]) -> str:
         if text.endswith("\n\n") and _FRAMED_BY_HAND.match(text):
             _warn_once(
                 "data that looks like a frame is sent as data, so clients get its field names too; "
-                "give the bare data, or Frame(text)"
+                "give the bare data, or Frame(text): ",
+                repr(text),
             )
         return text
     try:
@@ -504,7 +505,7 @@ _BURST = 1_000
 # closed with unread input is reset, and what is under way gets lost.
 _LINGER = 5.0
 _MAX_HEARTBEAT = 86_400.0  # seconds, a day: longer than proxies wait, and what a timer can take
-_MAX_READS = 10_000  # of input from a client, which is ignored; one that sends more is cut off
+_MAX_READS = 10_000  # reads of a client's input, which is ignored; then the client is cut off
 _BATCH = 128  # streams that are sent to before other threads and greenlets may run
 _POLL_INTERVAL = 0.001  # seconds between looks of a thread that waits for the hub
 _GATHER_PAUSE = 0.0005  # seconds without a new message after which the hub waits for no more
@@ -1149,7 +1150,7 @@ class EventBouncer:
         if not isinstance(seconds, int | float | None) or isinstance(seconds, bool):
             raise TypeError(_wrong("heartbeat", "seconds", seconds, "use None for never"))
         if seconds is not None and not 0 < seconds <= _MAX_HEARTBEAT:
-            raise ValueError(_wrong("heartbeat", "86,400 at most", seconds, "use None for never"))
+            raise ValueError(_wrong("heartbeat", "0 < s <= 86,400", seconds, "use None for never"))
         if not isinstance(self.detach, bool):  # text from the environment, perhaps
             raise TypeError(_wrong("detach", "True or False", self.detach, "in JSON: true, false"))
         name = self.heartbeat_event
@@ -1246,9 +1247,9 @@ class EventBouncer:
 
         :param channels: Names, none of them empty. Who may read which is for the route to decide.
         :param last_event_id: The id that the client saw last. Then what it has missed since comes
-            first. If nobody knows whether the history has all of that, for example after a restart,
-            it first gets an event named ``gap``, at which a page loads its state again, and then
-            everything that is kept. ``"earliest"`` asks for everything that is kept. None,
+            first. If the history does not have all of that, or if nobody knows, for example after a
+            restart, it first gets an event named ``gap``, at which a page loads its state again,
+            and then everything that is kept. ``"earliest"`` asks for everything that is kept. None,
             the default, and ``""`` begin with what is broadcast from now on.
         :raises Refused: if there are ``max_subscribers`` already, or after `close`.
         """
@@ -1324,7 +1325,10 @@ class EventBouncer:
         return _stream_response(subscription, last_event_id, snapshot, on_close)
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """End one subscription; what it holds is still delivered. A second call has no effect."""
+        """End one subscription, of whichever bouncer; what it holds is still delivered.
+
+        A second call has no effect.
+        """
         subscription._bouncer._remove(subscription, "unsubscribed")
 
     def disconnect(self, *channels: str) -> None:
@@ -1529,8 +1533,8 @@ class EventBouncer:
     def _wait_for_slow_readers(self, channel: str | None) -> None:  # called with the lock held
         # Wait until each full queue has been empty once, not just until it is below its bound: then
         # a loop of broadcasts waits once every maxsize frames. Another publisher may refill a queue
-        # in between, so only a look in which the time is up counts. And looks beside busy threads
-        # take as long as the reader has to wait for its own turn.
+        # in between, so only a look in which the time is up counts. Looks, and not one long wait:
+        # beside busy threads they take longer, just as a reader waits longer for its turn.
         looks = _LOOKS
         while looks and (late := [r for r in self._audience(channel) if r._may_catch_up()]):
             marked = [(reader, reader._late_since) for reader in late]
@@ -1615,7 +1619,8 @@ class _RelayReader(_OwnThread):
         """Wait, for a second each, until the relay has been tried, and this entry has been read.
 
         An id is a stranger's text, so nobody waits for one that the relay does not have. If the
-        relay hangs, asking it takes as long as its client lets it, as publishing does.
+        relay hangs, this takes a second, and nobody asks again until it has been read. The query
+        has a thread of its own, because with a client that has no timeout it would never return.
         """
         if not self._has_tried.wait(_PATIENCE):
             self._has_tried.set()  # so that all wait a second together, and nobody later
@@ -1623,8 +1628,18 @@ class _RelayReader(_OwnThread):
         if self._is_away or not _UNKNOWN_ID < self._position < id:
             return
         newest: list[_Entry] = []
-        with contextlib.suppress(Exception):  # it is away, as the reader will find
-            newest = self._relay.recent(1)
+        has_answered = threading.Event()
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):  # it is away, as the reader will find
+                newest.extend(self._relay.recent(1))
+            has_answered.set()
+
+        with contextlib.suppress(RuntimeError):  # there can be no more threads
+            _start_thread(ask, "sse_bouncer relay query")
+            if not has_answered.wait(_PATIENCE) and not self._is_away:
+                logger.warning("the relay does not answer; trying until it does")
+                self._is_away = True
         if any(_parse_id(entry[0]) >= id for entry in newest):
             with self._has_read:
                 self._has_read.wait_for(lambda: self._position >= id, _PATIENCE)
@@ -2006,8 +2021,8 @@ class _GeneratorBody(_Body):
                 why = "finished"
             finally:  # also if it raises SystemExit
                 self.release(why)
-        # Ended: it has failed, or a subscription that it reads has ended. A SystemExit is for this
-        # thread alone, but gevent would raise it in the main greenlet.
+        # Ended: it has failed, or a subscription that it reads has ended. A SystemExit ends this
+        # generator alone, but gevent would raise it in the main greenlet.
         except (Ended, SystemExit):
             pass
         except Exception:
